@@ -1,0 +1,301 @@
+"""Preference pairs from Pick-a-Pic parquet, as a pure function of (seed, position).
+
+A run is a sequence of positions n = 0, 1, 2, ...: step s of a run with effective batch E takes the
+positions [sE, (s+1)E), whatever the number of processes. Position n decides everything random about
+its sample: which pair, crop, flip, dropped prompt, timestep and all noise. So a run does not depend
+on how it is split over processes or workers, and continues exactly from any step.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from ncp.config import TrainingConfig, UserError
+
+COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
+ORDER, SAMPLE = 0, 1  # streams of randomness
+
+
+# ---------------------------------------------------------------- reading
+
+
+def local_shards(dataset_name: str, split: str) -> list[Path] | None:
+    """The parquet files of a split in a local folder (or the one file), sorted; None if it is not a local path.
+
+    Files whose name starts with the split's name, if there are any, else all. Raises UserError for a path
+    that holds none.
+    """
+    path = Path(dataset_name)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if path.suffix == ".parquet" or dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") != 1:
+            raise UserError(f"dataset_name: no such file or folder: {dataset_name}")
+        return None
+    files = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith("."))
+    if not files:
+        raise UserError(f"dataset_name: no parquet files in {dataset_name}")
+    named = [p for p in files if p.name.startswith(split)]
+    if not named and split != "train":
+        raise UserError(f"dataset_split: no parquet file in {dataset_name} has a name that starts with '{split}'")
+    return named or files
+
+
+def check_columns(files: list[Path], columns: tuple[str, ...] = COLUMNS) -> list[int]:
+    """Rows per parquet file. Raises UserError naming the first file that is unreadable or lacks a column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for file in files:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        missing = [c for c in columns if c not in metadata.schema.names]
+        if missing:
+            raise UserError(f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}")
+        rows.append(metadata.num_rows)
+    return rows
+
+
+@dataclass
+class Pairs:
+    """Decisive judgements of a dataset: `rows` of `table`, whose winner is image `winner` (0 or 1).
+
+    `source(row)` names where a row came from. `dropped` counts what does not train, by reason.
+    """
+
+    table: Any
+    rows: np.ndarray
+    winner: np.ndarray
+    files: list[Path]
+    file_rows: list[int]
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def source(self, row: int) -> str:
+        if not self.files:
+            return f"row {row}"
+        ends = np.cumsum(self.file_rows)
+        file = int(np.searchsorted(ends, row, side="right"))
+        return f"{self.files[file]} row {row - (ends[file] - self.file_rows[file])}"
+
+
+def open_pairs(config: TrainingConfig) -> Pairs:
+    """The decisive pairs of the configured dataset; ties and unlabeled rows never train.
+
+    Raises UserError if the dataset is missing or unreadable, lacks a column, or has no decisive pair.
+    """
+    import datasets
+
+    files = local_shards(config.dataset_name, config.dataset_split)
+    file_rows = check_columns(files) if files else []
+    datasets.disable_progress_bars()
+    try:
+        if files:
+            table = datasets.load_dataset(
+                "parquet", data_files={"train": [str(f) for f in files]}, split="train", cache_dir=config.cache_dir
+            )
+        else:
+            table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
+    except Exception as error:  # datasets raises many kinds for a hub that does not answer
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {reason}") from None
+    missing = [c for c in COLUMNS if c not in table.column_names]
+    if missing:
+        raise UserError(f"{config.dataset_name}: column {', '.join(missing)} is missing; expected {', '.join(COLUMNS)}")
+    table = table.select_columns(list(COLUMNS))
+    rows, winner, dropped = decisive(table.select_columns([c for c in COLUMNS if not c.startswith("jpg")]).with_format("numpy"))
+    if config.max_train_samples is not None:
+        rows, winner = rows[: config.max_train_samples], winner[: config.max_train_samples]
+    if not len(rows):
+        reasons = ", ".join(f"{v} {k}" for k, v in dropped.items())
+        raise UserError(f"{config.dataset_name}: not a single decisive pair among {len(table)} rows ({reasons})")
+    return Pairs(table, rows, winner, files or [], file_rows, dropped)
+
+
+def decisive(metadata: Any) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(row numbers, winner 0 or 1, dropped counts by reason) of rows that say which of two images is better."""
+    label = np.stack([np.asarray(metadata[c], dtype=np.float64) for c in ("label_0", "label_1")], axis=1)
+    uid = [np.asarray(metadata[c], dtype=object) for c in ("image_0_uid", "image_1_uid")]
+    text = np.array([bool(c) for c in metadata["caption"]])
+    won = np.stack([(label == [1, 0]).all(1), (label == [0, 1]).all(1)])
+    tie = (label == 0.5).all(1)
+    same = uid[0] == uid[1]
+    keep = won.any(0) & ~same & text
+    dropped = {
+        "ties": int(tie.sum()),
+        "without a label": int((~tie & ~won.any(0)).sum()),
+        "of an image against itself": int((won.any(0) & same).sum()),
+        "without a caption": int((won.any(0) & ~same & ~text).sum()),
+    }
+    rows = np.nonzero(keep)[0]
+    return rows, won[1][rows].astype(np.int64), {k: v for k, v in dropped.items() if v}
+
+
+# ---------------------------------------------------------------- samples
+
+
+class PairDataset(Dataset):
+    """Training samples by position n.
+
+    Sample: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6) original
+    size, crop, target size in pixels (height before width); `prompt`; `timestep` int64; and standard normal noise
+    float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per image. Or `error`, a line.
+    """
+
+    def __init__(self, config: TrainingConfig, pairs: Pairs, latent_shape: tuple[int, int, int], num_timesteps: int, losers: bool):
+        self.config, self.pairs, self.latent_shape, self.num_timesteps = config, pairs, latent_shape, num_timesteps
+        self.images = 2 if losers else 1
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def pair_index(self, position: int) -> int:
+        """Which pair stands at a position: each epoch is a permutation drawn from (seed, epoch)."""
+        epoch, offset = divmod(position, len(self.pairs))
+        if self._order[0] != epoch:
+            seed = np.random.SeedSequence([self.config.seed, ORDER, epoch])
+            self._order = (epoch, np.random.default_rng(seed).permutation(len(self.pairs)))
+        return int(self._order[1][offset])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        config = self.config
+        rng = np.random.default_rng(np.random.SeedSequence([config.seed, SAMPLE, position]))
+        flip = config.random_flip and rng.random() < 0.5
+        place = rng.random(2) if not config.center_crop else np.array([0.5, 0.5])
+        drop_prompt = rng.random() < config.proportion_empty_prompts
+        timestep = int(rng.integers(config.first_timestep, self.num_timesteps))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+
+        index, skipped = self.pair_index(position), 0
+        while True:
+            try:
+                row, pictures = self._read(index)
+                break
+            except CorruptImage as error:
+                skipped += 1
+                if config.corrupt_images == "error" or skipped == len(self.pairs):
+                    return {"error": str(error)}
+                index = (index + 1) % len(self.pairs)
+        cropped = [resize_crop_flip(p, config.resolution, place, flip) for p in pictures]
+        return {
+            "position": position,
+            "skipped": skipped,
+            "prompt": "" if drop_prompt else row["caption"],
+            "pixels": torch.stack([torch.from_numpy(c.pixels) for c in cropped]).permute(0, 3, 1, 2),
+            "time_ids": torch.tensor([c.time_ids for c in cropped]),
+            "timestep": torch.tensor(timestep),
+            "eps": torch.randn(self.latent_shape, generator=generator),
+            "z": torch.randn((2, *self.latent_shape), generator=generator)[: self.images],
+            "posterior": torch.randn((2, *self.latent_shape), generator=generator)[: self.images],
+        }
+
+    def _read(self, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
+        number = int(self.pairs.rows[index])
+        row = self.pairs.table[number]
+        winner = int(self.pairs.winner[index])
+        pictures = []
+        for side in (winner, 1 - winner)[: self.images]:
+            try:
+                pictures.append(decode(row[f"jpg_{side}"]))
+            except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+                place = f"{self.pairs.source(number)}, jpg_{side}, uid {row[f'image_{side}_uid']}"
+                raise CorruptImage(f"{place}: unreadable image ({error}); corrupt_images: skip trains on without it") from None
+        return row, pictures
+
+
+class CorruptImage(Exception):
+    """An image that cannot be decoded; the message names file, row and uid."""
+
+
+@dataclass
+class Crop:
+    pixels: np.ndarray  # (R, R, 3) uint8
+    time_ids: tuple[int, int, int, int, int, int]  # SDXL's micro-conditioning
+
+
+def decode(data: bytes) -> Image.Image:
+    """An RGB image from encoded bytes, upright; transparency becomes white."""
+    image = Image.open(io.BytesIO(data))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_crop_flip(image: Image.Image, resolution: int, place: np.ndarray, flip: bool) -> Crop:
+    """Short side to `resolution`, mirrored if `flip`, then the square at the relative `place` (y, x) in [0, 1]."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    # Crop in source coordinates, so that a very long image is never blown up whole.
+    top, left = (round(float(p) * (s - resolution)) for p, s in zip(place, (size[1], size[0]), strict=True))
+    if flip:
+        image = ImageOps.mirror(image)
+    sx, sy = width / size[0], height / size[1]
+    box = (left * sx, top * sy, (left + resolution) * sx, (top + resolution) * sy)
+    image = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
+    return Crop(np.asarray(image).copy(), (height, width, top, left, resolution, resolution))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def loader(
+    dataset: PairDataset, config: TrainingConfig, first_step: int, process_index: int, num_processes: int
+) -> DataLoader:
+    """Batches of this process from `first_step` to the end of the run, in order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=_Positions(config, first_step, process_index, num_processes),
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+@dataclass
+class _Positions:
+    """Positions of each micro-batch: step by step, accumulation by accumulation, this process's share."""
+
+    config: TrainingConfig
+    first_step: int
+    process_index: int
+    num_processes: int
+
+    def __len__(self) -> int:
+        return (self.config.max_train_steps - self.first_step) * self.config.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch, accumulation = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        for micro in range(self.first_step * accumulation, self.config.max_train_steps * accumulation):
+            start = (micro * self.num_processes + self.process_index) * batch
+            yield list(range(start, start + batch))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One batch: images of winners first, then losers: pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...).
+
+    An error in any sample becomes {"error": line}: an exception would arrive from a worker as a traceback.
+    """
+    for sample in samples:
+        if "error" in sample:
+            return {"error": sample["error"]}
+    batch: dict[str, Any] = {k: torch.stack([s[k] for s in samples]) for k in ("eps", "timestep")}
+    for key in ("pixels", "time_ids", "z", "posterior"):
+        batch[key] = torch.stack([s[key] for s in samples], dim=1).flatten(0, 1)
+    batch["prompt"] = [s["prompt"] for s in samples]
+    batch["skipped"] = sum(s["skipped"] for s in samples)
+    return batch

@@ -1,0 +1,74 @@
+"""Distances and objectives: tensors in, per-sample values out (paper eq. 3, 13, 14, 15). The caller takes the mean.
+
+`policy_w` and its kin are per-sample diffusion losses (B,), float32, of winner and loser, under the policy
+and the reference: perceptual (PL, eq. 13) or latent (L, eq. 3). `beta` is the paper's beta T: T is folded in,
+and there is no factor 0.5. Metrics are detached (B,) tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ncp.encoder import Features
+
+Metrics = dict[str, torch.Tensor]
+
+
+def perceptual_distance(pred_features: Features, target_features: Features) -> torch.Tensor:
+    """|| pred - target ||^2 of eq. 13 as the mean over a block's elements, (B,) float32.
+
+    Features are one (B, ...) tensor or several; several blocks count equally, each by its own mean.
+    The mean, not the printed sum, is what the published beta of 2500 belongs to.
+    """
+    if isinstance(pred_features, torch.Tensor):
+        pred_features, target_features = (pred_features,), (target_features,)
+    pairs = zip(pred_features, target_features, strict=True)
+    return torch.stack([(p.float() - q.float()).square().flatten(1).mean(1) for p, q in pairs]).mean(0)
+
+
+def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """|| eps - eps_pred ||^2 of eq. 3 as the mean over (C, H, W), (B,) float32: the baselines' loss."""
+    return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
+
+
+def dpo_loss(
+    policy_w: torch.Tensor, policy_l: torch.Tensor, ref_w: torch.Tensor, ref_l: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, Metrics]:
+    """Diffusion-DPO, eq. 14: -logsigmoid(-beta ((policy_w - ref_w) - (policy_l - ref_l))), (B,)."""
+    drift_w, drift_l = policy_w - ref_w, policy_l - ref_l
+    logit = -beta * (drift_w - drift_l)
+    metrics = {
+        "reward_w": -beta * drift_w,
+        "reward_l": -beta * drift_l,
+        # The winner's loss relative to the reference: above 0 the policy draws winners less likely than before.
+        "winner_drift": drift_w / ref_w.clamp_min(torch.finfo(ref_w.dtype).tiny),
+        **_preference(logit, policy_w, policy_l),
+    }
+    return -F.logsigmoid(logit), _detached(metrics)
+
+
+def cpo_loss(policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float) -> tuple[torch.Tensor, Metrics]:
+    """Diffusion-CPO, eq. 15: -logsigmoid(-beta (policy_w - policy_l)) + lam policy_w, (B,). No reference model."""
+    logit = -beta * (policy_w - policy_l)
+    metrics = {"reward_w": -beta * policy_w, "reward_l": -beta * policy_l, **_preference(logit, policy_w, policy_l)}
+    return -F.logsigmoid(logit) + lam * policy_w, _detached(metrics)
+
+
+def sft_loss(policy_w: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+    """Supervised fine-tuning on winners: their diffusion loss itself, (B,)."""
+    return policy_w, _detached({"policy_w": policy_w})
+
+
+def _preference(logit: torch.Tensor, policy_w: torch.Tensor, policy_l: torch.Tensor) -> Metrics:
+    return {
+        "margin": logit,
+        "accuracy": (logit > 0).float(),
+        "abs_logit": logit.abs(),
+        "policy_w": policy_w,
+        "policy_l": policy_l,
+    }
+
+
+def _detached(metrics: Metrics) -> Metrics:
+    return {name: value.detach() for name, value in metrics.items()}

@@ -1,0 +1,260 @@
+"""Loading a diffusers pipeline folder (or hub id) for training, and drawing pictures with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from PIL import Image
+
+from ncp.config import TrainingConfig, UserError
+from ncp.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
+from ncp.encoder import DownBlockEncoder, frozen_twin, normalize_block
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+
+
+# ---------------------------------------------------------------- before loading
+
+
+@dataclass
+class Description:
+    """What a pipeline folder says of itself: component configs, read without loading a weight."""
+
+    pipeline: type
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def is_xl(self) -> bool:
+        return self.pipeline is StableDiffusionXLPipeline
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        side = resolution // 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return self.unet["in_channels"], side, side
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.scheduler.get("num_train_timesteps", 1000)
+
+
+def describe(config: TrainingConfig) -> Description:
+    """Reads and checks a pipeline's JSON. Raises UserError for one that is missing or that the method cannot use."""
+    name = config.pretrained_model_name_or_path
+    index = _read_json(name, "model_index.json", config.revision)
+    parts = {"unet", "vae", "scheduler", "text_encoder", "tokenizer"}
+    if missing := sorted(p for p in parts if not index.get(p) or not index[p][0]):
+        raise UserError(f"{name}: the pipeline has no {', '.join(missing)}; expected Stable Diffusion 1.x/2.x or SDXL")
+    pipeline = StableDiffusionXLPipeline if index.get("text_encoder_2", [None])[0] else StableDiffusionPipeline
+    unet = _read_json(name, "unet/config.json", config.revision)
+    scheduler = _read_json(name, "scheduler/scheduler_config.json", config.revision)
+    vae_name = config.pretrained_vae_model_name_or_path
+    vae = _read_json(vae_name, "config.json", None) if vae_name else _read_json(name, "vae/config.json", config.revision)
+
+    if index["unet"][1] != "UNet2DConditionModel":
+        raise UserError(f"{name}: the denoiser is a {index['unet'][1]}; the method needs a UNet2DConditionModel")
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise UserError(
+            f"{name}: the U-Net takes {unet['in_channels']} channels and the VAE gives {vae['latent_channels']}; "
+            "inpainting and other extra-input U-Nets are not supported"
+        )
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
+    if "FlowMatch" in scheduler.get("_class_name", ""):
+        raise UserError(f"{name}: {scheduler['_class_name']} is a flow-matching scheduler; the method needs a DDPM schedule")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"{name}: the scheduler has zero terminal SNR, where the reverse step divides by zero")
+    if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
+        raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
+    description = Description(pipeline, unet, vae, scheduler)
+    if config.first_timestep >= description.num_timesteps:
+        raise UserError(f"timestep_offset is {config.timestep_offset}; this schedule has {description.num_timesteps} timesteps")
+    for block in config.encoder_blocks:
+        try:
+            normalize_block(block, len(unet["down_block_types"]))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    multiple = 2 ** (len(vae["block_out_channels"]) - 1)
+    if config.resolution % multiple:
+        raise UserError(f"resolution is {config.resolution}; this VAE needs a multiple of {multiple}")
+    return description
+
+
+def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    path = Path(name) / file
+    if not Path(name).is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"no such model folder: {name}")
+        path = _from_hub(name, file, revision)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; expected a diffusers pipeline folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _from_hub(name: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except Exception as error:  # many kinds: offline, gated, no such repository
+        raise UserError(f"model '{name}' is no local folder, and the hub gave no {file}: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------- loading
+
+
+@dataclass
+class Models:
+    """Everything a training step needs, on its device.
+
+    `unet` carries the LoRA; `reference` and `encoder` share its frozen storage. `pipe` holds text encoders,
+    tokenizers and VAE; the VAE may be in float32 while the rest is in half precision.
+    """
+
+    unet: UNet2DConditionModel
+    reference: UNet2DConditionModel
+    encoder: DownBlockEncoder
+    scheduler: DDPMScheduler
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline
+
+    @property
+    def lora_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+
+def load_models(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Models:
+    """Loads the pipeline, makes the reference and the encoder over its storage, then adds the LoRA."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    name = config.pretrained_model_name_or_path
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    where = {"revision": config.revision, "variant": config.variant, "dtype": dtype}
+    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where)
+    if config.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path, dtype=dtype)
+    else:
+        # SDXL's own VAE overflows in fp16; its config says so.
+        where_vae = {**where, "dtype": torch.float32} if description.vae.get("force_upcast", description.is_xl) else where
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **where_vae)
+    extra = {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+    pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
+    pipe.register_modules(vae=vae)
+    pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(accelerator.device)
+    unet.to(accelerator.device)
+    for module in (vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if module is not None:
+            module.requires_grad_(False).eval()
+
+    scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=config.revision)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    # Wrapped in the same autocast as the policy, so that at the start the two agree to the bit.
+    reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
+    encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks)
+    unet.add_adapter(
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=LORA_TARGETS,
+        )
+    )
+    # A half-precision base makes half-precision LoRA weights: updates of 1e-5 would round to nothing.
+    cast_training_params(unet, torch.float32)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        encoder.enable_gradient_checkpointing()
+    return Models(unet, reference, encoder, scheduler, pipe)
+
+
+# ---------------------------------------------------------------- conditions, latents, pictures
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str], time_ids: torch.Tensor) -> dict[str, Any]:
+    """The U-Net's keyword arguments for N images of B prompts, prompts repeated in whole rounds.
+
+    encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
+    each image's own time_ids (N, 6): original size, crop and target size in pixels, height before width.
+    """
+    outputs = pipe.encode_prompt(
+        prompt=prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    rounds = len(time_ids) // len(prompts)
+    text = outputs[0].repeat(rounds, 1, 1)
+    if not isinstance(pipe, StableDiffusionXLPipeline):
+        return {"encoder_hidden_states": text}
+    pooled = outputs[2].repeat(rounds, 1)
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(pooled)}}
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """x0 (B, C, h, w) float32, scaled latents sampled from the VAE's posterior with `noise`, of uint8 (B, 3, H, W)."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
+    x0 = posterior.mean.float() + posterior.std.float() * noise
+    return (x0 - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def draw(
+    models: Models,
+    unet: torch.nn.Module,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    accelerator: Accelerator,
+    batch_size: int = 8,
+) -> list[Image.Image]:
+    """One picture per prompt with DDIM, each from its own seed: the same whatever is drawn beside it."""
+    vae, parts = models.pipe.vae, dict(models.pipe.components)
+    parts |= {"unet": unet, "scheduler": DDIMScheduler.from_config(models.scheduler.config)}
+    if not isinstance(models.pipe, StableDiffusionXLPipeline):
+        parts["requires_safety_checker"] = False
+    pipe = type(models.pipe)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    training, images = unet.training, []
+    unet.eval()
+    for i in range(0, len(prompts), batch_size):
+        with accelerator.autocast():
+            latents = pipe(
+                prompts[i : i + batch_size],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]],
+                output_type="latent",
+            ).images
+        # Outside autocast: a VAE that needs float32 gets it.
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        images += VaeImageProcessor().postprocess(vae.decode(latents).sample.float(), output_type="pil")
+    unet.train(training)
+    return images

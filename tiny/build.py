@@ -1,0 +1,387 @@
+"""Builds the embedded default: a trained tiny Stable Diffusion and a preference dataset drawn from it.
+
+Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Three stages,
+each deterministic on one machine with one number of threads:
+
+    python -m tiny.build vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
+    python -m tiny.build unet           text encoder and U-Net, trained together on latents
+    python -m tiny.build preferences    on-policy samples, judged by simulated annotators
+
+The base model is meant to leave room to improve: a tenth of its captions carry one wrong word, and
+size, place, texture and background finish are drawn uniformly whatever the annotators like.
+The annotators follow Bradley-Terry with Davidson's ties on `overall` of `tiny/oracle.py`, each with
+a weight of their own between alignment and appeal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from tiny import oracle, world
+
+HERE = Path(__file__).parent
+MODEL, DATA = HERE / "model", HERE / "data"
+SEED = 0
+MAX_TOKENS = 16
+
+
+# ---------------------------------------------------------------- autoencoder
+
+
+def train_vae(work: Path, steps: int, batch_size: int = 32, lr: float = 2e-3) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=world.SIDE,
+    )
+    pixels, _ = scenes_and_pixels(20_000, SEED)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(SEED)
+    log = Log("vae", steps)
+    for _ in range(steps):
+        index = torch.randint(len(pixels), (batch_size,), generator=generator)
+        x = pixels[index].float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        difference = y.float() - x
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = difference.abs().mean() + 2 * difference.square().mean() + 3e-4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        log(loss=loss, l1=difference.abs().mean(), kl=kl)
+    vae.eval()
+    latents = encode_all(vae, pixels[:2000])[0]
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    print(f"latent mean {latents.mean():.3f}, std {latents.std():.3f}")
+    vae.save_pretrained(work / "vae")
+
+
+@torch.no_grad()
+def encode_all(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) of the posterior of uint8 images (N, 3, 64, 64): each (N, 4, 16, 16) float32, unscaled."""
+    parts = [vae.encode(p.float() / 127.5 - 1).latent_dist for p in tqdm(pixels.split(100), desc="encode")]
+    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+# ------------------------------------------------------ text encoder and U-Net
+
+
+def make_tokenizer():
+    """A CLIP tokenizer whose merges make each word of the world one token; any other text still encodes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = {w for s in world.all_scenes() for t in range(len(world.TEMPLATES)) for w in s.prompt(t).replace(",", " ,").split()}
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=1,
+        special_tokens=[],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(sorted(words) * 2, trainer)
+    import json
+
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    tokenizer = make_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    pixels, scenes = scenes_and_pixels(images, SEED + 1)
+    mean, std = encode_all(vae, pixels)
+    mean, std = mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+    rng = np.random.default_rng(SEED + 2)
+    prompts = []
+    for scene in scenes:
+        said = world.with_wrong_word(scene, rng) if rng.random() < 0.1 else scene
+        prompts.append("" if rng.random() < 0.1 else said.prompt(int(rng.integers(len(world.TEMPLATES)))))
+    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
+    ema = EMAModel(both.parameters(), decay=0.999)
+    optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    generator = torch.Generator().manual_seed(SEED)
+    log = Log("unet", steps)
+    for _ in range(steps):
+        i = torch.randint(images, (batch_size,), generator=generator)
+        x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(1000, (batch_size,), generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            c = text_encoder(ids[i])[0]
+            prediction = unet(scheduler.add_noise(x0, eps, t), t, c).sample
+        loss = F.mse_loss(prediction.float(), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(both.parameters())
+        log(loss=loss)
+        if log.step % 400 == 0 or log.step == steps:
+            ema.store(both.parameters())
+            ema.copy_to(both.parameters())
+            pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+            both.eval()
+            pipe.to(torch.float16).save_pretrained(work / f"model-{log.step}")
+            pipe.to(torch.float32)
+            both.train()
+            ema.restore(both.parameters())
+    (work / f"model-{steps}").rename(MODEL)
+
+
+def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene]]:
+    """n rendered scenes: pixels (n, 3, 64, 64) uint8, and the scenes."""
+    rng = np.random.default_rng(seed)
+    every = world.all_scenes()
+    scenes = [every[i] for i in rng.integers(len(every), size=n)]
+    pixels = np.stack([(world.render(s, rng) * 255).round().astype(np.uint8) for s in tqdm(scenes, desc="render")])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), scenes
+
+
+# ------------------------------------------------------------------ preferences
+
+
+def make_preferences(train_prompts: int = 800, images_per_prompt: int = 4, tie_strength: float = 0.3, kappa: float = 9.0) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    train, validation = world.split_scenes()
+    rng = np.random.default_rng(SEED + 3)
+    prompts = {}
+    for split, scenes in (("train", train), ("validation", validation)):
+        every = [s.prompt(t) for s in scenes for t in range(len(world.TEMPLATES))]
+        prompts[split] = [every[i] for i in rng.permutation(len(every))][: train_prompts if split == "train" else None]
+    DATA.mkdir(exist_ok=True)
+    clock = np.datetime64("2024-01-01T00:00:00", "ns")
+    ranking_id = 0
+    for split, chosen in prompts.items():
+        per_prompt = images_per_prompt if split == "train" else 2
+        wanted = [(p, k) for p in chosen for k in range(per_prompt)]
+        # Pick-a-Pic mixes models; here two guidance scales stand for two models.
+        models = [("tiny-sd-guidance-2", 2.0), ("tiny-sd-guidance-5", 5.0)]
+        which = [k % 2 for _, k in wanted]
+        images: list = [None] * len(wanted)
+        for m, (_, guidance) in enumerate(models):
+            mine = [i for i, w in enumerate(which) if w == m]
+            drawn = sample([wanted[i][0] for i in mine], [SEED * 10**6 + (split == "train") * 10**5 + i for i in mine], guidance)
+            for i, image in zip(mine, drawn, strict=True):
+                images[i] = image
+        jpegs = [to_jpeg(image) for image in images]
+        # Annotators see the JPEG, as people did.
+        from PIL import Image
+
+        scores = oracle.score([Image.open(io.BytesIO(j)) for j in jpegs], [p for p, _ in wanted])
+        rows = []
+        for p, prompt in enumerate(chosen):
+            mine = range(p * per_prompt, (p + 1) * per_prompt)
+            games = int(rng.integers(3, 8)) if split == "train" else 1
+            for _ in range(games):
+                a, b = rng.choice(mine, 2, replace=False)
+                user = int(rng.integers(60))
+                taste = 0.5 + 0.2 * np.random.default_rng(1000 + user).uniform(-1, 1)
+                value = [taste * scores["alignment"][i] + (1 - taste) * scores["appeal"][i] for i in (a, b)]
+                outcome = judge(kappa * (value[0] - value[1]), tie_strength, rng)
+                labeled = rng.random() >= 0.01
+                uid = [hashlib.sha256(jpegs[i]).hexdigest()[:32] for i in (a, b)]
+                clock += np.timedelta64(int(rng.integers(1, 90)), "s")
+                ranking_id += 1
+                rows.append(
+                    {
+                        "are_different": uid[0] != uid[1],
+                        "best_image_uid": {1.0: uid[0], 0.0: uid[1], 0.5: ""}[outcome] if labeled else "",
+                        "caption": prompt,
+                        "created_at": clock,
+                        "has_label": bool(labeled),
+                        "image_0_uid": uid[0],
+                        "image_0_url": f"https://example.invalid/{uid[0]}.jpg",
+                        "image_1_uid": uid[1],
+                        "image_1_url": f"https://example.invalid/{uid[1]}.jpg",
+                        "jpg_0": jpegs[a],
+                        "jpg_1": jpegs[b],
+                        "label_0": outcome if labeled else None,
+                        "label_1": 1 - outcome if labeled else None,
+                        "model_0": models[which[a]][0],
+                        "model_1": models[which[b]][0],
+                        "ranking_id": ranking_id,
+                        "user_id": user,
+                        "num_example_per_prompt": games,
+                        "__index_level_0__": len(rows),
+                    }
+                )
+        table = pa.Table.from_pylist(rows, schema=schema())
+        shards = 2 if split == "train" else 1
+        cut = [round(i * table.num_rows / shards) for i in range(shards + 1)]
+        for s in range(shards):
+            # One dictionary page per column stores an image once, however often it was judged.
+            pq.write_table(
+                table.slice(cut[s], cut[s + 1] - cut[s]),
+                DATA / f"{split}-{s:05d}-of-{shards:05d}.parquet",
+                compression="zstd",
+                dictionary_pagesize_limit=64 << 20,
+            )
+        decisive = [r for r in rows if r["label_0"] in (0.0, 1.0)]
+        by_uid = {hashlib.sha256(j).hexdigest()[:32]: o for j, o in zip(jpegs, scores["overall"], strict=True)}
+        agree = np.mean([(by_uid[r["image_0_uid"]] > by_uid[r["image_1_uid"]]) == (r["label_0"] == 1.0) for r in decisive])
+        ties = np.mean([r["label_0"] == 0.5 for r in rows if r["has_label"]])
+        print(f"{split}: {len(chosen)} prompts, {len(jpegs)} images, {len(rows)} games, {ties:.1%} ties, {agree:.1%} of decisive games agree with the oracle")
+        print("  " + ", ".join(f"{q} {v.mean():.3f}±{v.std():.3f}" for q, v in scores.items()))
+
+
+def judge(advantage: float, tie_strength: float, rng: np.random.Generator) -> float:
+    """1.0 if the first image wins, 0.0 if the second does, 0.5 for a tie (Davidson 1970); advantage in logits."""
+    first, second = np.exp(advantage / 2), np.exp(-advantage / 2)
+    return float(rng.choice([1.0, 0.0, 0.5], p=np.array([first, second, tie_strength]) / (first + second + tie_strength)))
+
+
+@torch.no_grad()
+def sample(prompts: list[str], seeds: list[int], guidance: float, steps: int = 25, batch_size: int = 64) -> list:
+    """PIL images from the base model, one seed per image."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for i in tqdm(range(0, len(prompts), batch_size), desc=f"sample at guidance {guidance}"):
+        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]]
+        images += pipe(prompts[i : i + batch_size], num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+    return images
+
+
+def to_jpeg(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def schema():
+    """Pick-a-Pic v2's columns, in its order."""
+    import pyarrow as pa
+
+    string, i64, f64, binary, boolean = pa.string(), pa.int64(), pa.float64(), pa.binary(), pa.bool_()
+    return pa.schema(
+        [
+            ("are_different", boolean),
+            ("best_image_uid", string),
+            ("caption", string),
+            ("created_at", pa.timestamp("ns")),
+            ("has_label", boolean),
+            ("image_0_uid", string),
+            ("image_0_url", string),
+            ("image_1_uid", string),
+            ("image_1_url", string),
+            ("jpg_0", binary),
+            ("jpg_1", binary),
+            ("label_0", f64),
+            ("label_1", f64),
+            ("model_0", string),
+            ("model_1", string),
+            ("ranking_id", i64),
+            ("user_id", i64),
+            ("num_example_per_prompt", i64),
+            ("__index_level_0__", i64),
+        ]
+    )
+
+
+class Log:
+    """A progress bar with running means, and a line every 100 steps for a log file."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.step, self.start, self.mean = name, 0, time.time(), {}
+        self.bar = tqdm(total=steps, desc=name)
+
+    def __call__(self, **values: torch.Tensor) -> None:
+        self.step += 1
+        self.bar.update()
+        for key, value in values.items():
+            self.mean[key] = 0.98 * self.mean.get(key, value.item()) + 0.02 * value.item()
+        if self.step % 100 == 0:
+            figures = ", ".join(f"{k} {v:.4f}" for k, v in self.mean.items())
+            tqdm.write(f"{self.name} step {self.step}: {figures}, {time.time() - self.start:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "unet", "preferences"])
+    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="where intermediate models go")
+    parser.add_argument("--vae_steps", type=int, default=1000)
+    parser.add_argument("--unet_steps", type=int, default=1900)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.stage == "vae":
+        train_vae(args.work_dir, args.vae_steps)
+    elif args.stage == "unet":
+        train_unet(args.work_dir, args.unet_steps)
+    else:
+        make_preferences()
+
+
+if __name__ == "__main__":
+    main()

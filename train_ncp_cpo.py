@@ -1,0 +1,112 @@
+"""NCP-CPO: contrastive preference optimization of a diffusion model, without a reference model (paper eq. 15).
+
+As NCP-DPO (train_ncp_dpo.py, which this file follows line by line), except that the policy's own losses
+on winner and loser are compared, and a share of the winner's loss holds the policy near the data. The
+frozen encoder is the only copy of the old model.
+
+    accelerate launch train_ncp_cpo.py --config configs/sd15_ncp_cpo.yaml [--any_key value ...]
+
+`space: latent` is Diffusion-CPO. The paper gives no lambda: near the centre of the sigmoid the first
+term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ncp import data, models, training
+from ncp.config import TrainingConfig, option, parse, run
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import lengthen
+from ncp.losses import Metrics, cpo_loss, latent_distance, perceptual_distance
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
+    lam: float = option(2500.0, low=0, doc="lambda, the weight of the winner's own loss")
+
+
+def ncp_cpo(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
+    """Algorithm 1 without its reference: losses (B,) of B pairs, and metrics. 2B rows hold the winners, then the losers."""
+    x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (2B, C, h, w)
+    c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
+    t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
+    secant = partial(lengthen, secant=config.secant, step_length=config.secant_length)
+
+    x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
+    eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+
+    if config.space == "latent":
+        loss_theta = latent_distance(eps_theta, eps)  # eq. 3
+    else:
+        t_prev, f = previous(t, config.k), partial(m.encoder, timestep=previous(t, config.k).clamp_min(0), **c)
+        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)
+        x_theta, s_theta = secant(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z), target)  # eq. 12
+        with torch.no_grad():
+            f_target = f(target)
+        loss_theta = perceptual_distance(f(x_theta), f_target) / s_theta**2  # eq. 13
+
+    return cpo_loss(*loss_theta.chunk(2), beta=config.beta, lam=config.lam)  # eq. 15
+
+
+def main() -> None:
+    config = parse(Config, description=__doc__)
+    method = "NCP-CPO" if config.space == "perceptual" else "CPO"
+
+    # Whatever can be wrong with the input comes out before a model is loaded.
+    description = models.describe(config)
+    pairs = data.open_pairs(config)
+    accelerator = training.make_accelerator(config)
+    effective = training.effective_batch(config, accelerator.num_processes)
+    checkpoint = training.claim_output_dir(config, accelerator)
+
+    m = models.load_models(config, description, accelerator)
+    optimizer = training.make_optimizer(config, m.lora_parameters)
+    unet, optimizer = accelerator.prepare(m.unet, optimizer)
+    ema = training.make_ema(config, m)
+    first_step = training.load_checkpoint(checkpoint, m, optimizer, accelerator, ema) if checkpoint else 0
+    training.announce(config, accelerator, m, pairs, first_step)
+    training.start_trackers(config, accelerator)
+
+    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True)
+    batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
+    bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
+    meter, pictures = training.Meter(), {}
+
+    for step in range(first_step + 1, config.max_train_steps + 1):
+        training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
+        for _ in range(config.gradient_accumulation_steps):
+            batch = training.to_device(next(batches), accelerator)
+            with accelerator.accumulate(unet):
+                losses, metrics = ncp_cpo(m, unet, batch, config)
+                accelerator.backward(losses.mean())
+                meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
+                if accelerator.sync_gradients:
+                    meter.add({"grad_norm": accelerator.clip_grad_norm_(m.lora_parameters, config.max_grad_norm)})
+                optimizer.step()
+                optimizer.zero_grad()
+        if ema is not None:
+            ema.step(m.lora_parameters)
+        bar.update()
+
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            figures = {**meter.flush(accelerator), "learning_rate": lr}
+            accelerator.log(figures, step=step)
+            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "policy_w")})
+        if step % config.checkpointing_steps == 0 or last:
+            training.save_checkpoint(config, m, optimizer, accelerator, ema, step)
+        if last or (config.validation_steps is not None and step % config.validation_steps == 0):
+            training.validate(config, m, accelerator, ema, step, pictures)
+
+    bar.close()
+    training.finish(config, m, pairs, accelerator, ema, method, step, effective)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""NCP-DPO: direct preference optimization of a diffusion model in the eyes of its own U-Net (paper eq. 14, Algorithm 1).
+
+For a winner and a loser of one prompt, noised alike, the DDPM step to t-1 is taken with the noise that
+the policy, the frozen reference, and the truth give. The frozen down blocks of the U-Net embed the
+results at t-1; the squared distance to the true one is the diffusion loss, and DPO asks the policy to
+lower it on winners, relative to the reference, more than on losers.
+
+    accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml [--any_key value ...]
+
+`space: latent` is plain Diffusion-DPO. Where this departs from the paper's print: the mean instead of
+the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a secant of fixed length (README).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ncp import data, models, training
+from ncp.config import TrainingConfig, option, parse, run
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import lengthen
+from ncp.losses import Metrics, dpo_loss, latent_distance, perceptual_distance
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
+    max_winner_drift: float | None = option(
+        None, above=0, doc="stop when the winners' loss exceeds the reference's by this share; null: only log it"
+    )
+
+
+def ncp_dpo(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
+    """Algorithm 1, lines 4 to 18: losses (B,) of B pairs, and metrics. 2B rows hold the winners, then the losers."""
+    x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (2B, C, h, w)
+    c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
+    t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
+    secant = partial(lengthen, secant=config.secant, step_length=config.secant_length)
+
+    x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
+    eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+    with torch.no_grad():
+        eps_ref = to_epsilon(m.scheduler, m.reference(x_t, t, **c).sample, t, x_t)
+
+    if config.space == "latent":
+        loss_theta, loss_ref = latent_distance(eps_theta, eps), latent_distance(eps_ref, eps)  # eq. 3
+    else:
+        t_prev, f = previous(t, config.k), partial(m.encoder, timestep=previous(t, config.k).clamp_min(0), **c)
+        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)
+        x_theta, s_theta = secant(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z), target)  # eq. 12
+        x_ref, s_ref = secant(reverse_step(m.scheduler, eps_ref, t, t_prev, x_t, z), target)
+        with torch.no_grad():
+            f_target, f_ref = f(target), f(x_ref)
+        loss_theta = perceptual_distance(f(x_theta), f_target) / s_theta**2  # eq. 13
+        loss_ref = perceptual_distance(f_ref, f_target) / s_ref**2
+
+    return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
+
+
+def main() -> None:
+    config = parse(Config, description=__doc__)
+    method = "NCP-DPO" if config.space == "perceptual" else "DPO"
+
+    # Whatever can be wrong with the input comes out before a model is loaded.
+    description = models.describe(config)
+    pairs = data.open_pairs(config)
+    accelerator = training.make_accelerator(config)
+    effective = training.effective_batch(config, accelerator.num_processes)
+    checkpoint = training.claim_output_dir(config, accelerator)
+
+    m = models.load_models(config, description, accelerator)
+    optimizer = training.make_optimizer(config, m.lora_parameters)
+    unet, optimizer = accelerator.prepare(m.unet, optimizer)
+    ema = training.make_ema(config, m)
+    first_step = training.load_checkpoint(checkpoint, m, optimizer, accelerator, ema) if checkpoint else 0
+    training.announce(config, accelerator, m, pairs, first_step)
+    training.start_trackers(config, accelerator)
+
+    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True)
+    batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
+    bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
+    meter, pictures, stopped = training.Meter(), {}, None
+
+    for step in range(first_step + 1, config.max_train_steps + 1):
+        training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
+        for _ in range(config.gradient_accumulation_steps):
+            batch = training.to_device(next(batches), accelerator)
+            with accelerator.accumulate(unet):
+                losses, metrics = ncp_dpo(m, unet, batch, config)
+                accelerator.backward(losses.mean())
+                meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
+                if accelerator.sync_gradients:
+                    meter.add({"grad_norm": accelerator.clip_grad_norm_(m.lora_parameters, config.max_grad_norm)})
+                optimizer.step()
+                optimizer.zero_grad()
+        if ema is not None:
+            ema.step(m.lora_parameters)
+        bar.update()
+
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            figures = {**meter.flush(accelerator), "learning_rate": lr}
+            accelerator.log(figures, step=step)
+            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "winner_drift")})
+            if config.max_winner_drift is not None and figures["winner_drift"] > config.max_winner_drift:
+                stopped = f"stopped at step {step}: the winners' loss is {figures['winner_drift']:.1%} above the reference's"
+        if step % config.checkpointing_steps == 0 or last or stopped:
+            training.save_checkpoint(config, m, optimizer, accelerator, ema, step)
+        if last or stopped or (config.validation_steps is not None and step % config.validation_steps == 0):
+            training.validate(config, m, accelerator, ema, step, pictures)
+        if stopped:
+            accelerator.print(f"\n{stopped} (max_winner_drift {config.max_winner_drift:.1%})")
+            break
+
+    bar.close()
+    training.finish(config, m, pairs, accelerator, ema, method, step, effective)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

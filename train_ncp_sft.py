@@ -1,0 +1,109 @@
+"""NCP-SFT: supervised fine-tuning on preferred images with the perceptual loss (paper eq. 13).
+
+As NCP-DPO (train_ncp_dpo.py, which this file follows line by line), except that only winners are drawn
+from the pairs, and their perceptual diffusion loss is minimised as it is.
+
+    accelerate launch train_ncp_sft.py --config configs/sd15_ncp_sft.yaml [--any_key value ...]
+
+`space: latent` is ordinary fine-tuning on the noise error.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ncp import data, models, training
+from ncp.config import TrainingConfig, parse, run
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import lengthen
+from ncp.losses import Metrics, latent_distance, perceptual_distance, sft_loss
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    """The shared keys; supervised fine-tuning has none of its own."""
+
+
+def ncp_sft(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
+    """Algorithm 1 on winners alone: losses (B,) of B winners, and metrics."""
+    x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (B, C, h, w)
+    c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
+    t, eps, z = batch["timestep"], batch["eps"], batch["z"]
+    secant = partial(lengthen, secant=config.secant, step_length=config.secant_length)
+
+    x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
+    eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+
+    if config.space == "latent":
+        loss_theta = latent_distance(eps_theta, eps)  # eq. 3
+    else:
+        t_prev, f = previous(t, config.k), partial(m.encoder, timestep=previous(t, config.k).clamp_min(0), **c)
+        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)
+        x_theta, s_theta = secant(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z), target)  # eq. 12
+        with torch.no_grad():
+            f_target = f(target)
+        loss_theta = perceptual_distance(f(x_theta), f_target) / s_theta**2  # eq. 13
+
+    return sft_loss(loss_theta)
+
+
+def main() -> None:
+    config = parse(Config, description=__doc__)
+    method = "NCP-SFT" if config.space == "perceptual" else "SFT"
+
+    # Whatever can be wrong with the input comes out before a model is loaded.
+    description = models.describe(config)
+    pairs = data.open_pairs(config)
+    accelerator = training.make_accelerator(config)
+    effective = training.effective_batch(config, accelerator.num_processes)
+    checkpoint = training.claim_output_dir(config, accelerator)
+
+    m = models.load_models(config, description, accelerator)
+    optimizer = training.make_optimizer(config, m.lora_parameters)
+    unet, optimizer = accelerator.prepare(m.unet, optimizer)
+    ema = training.make_ema(config, m)
+    first_step = training.load_checkpoint(checkpoint, m, optimizer, accelerator, ema) if checkpoint else 0
+    training.announce(config, accelerator, m, pairs, first_step)
+    training.start_trackers(config, accelerator)
+
+    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=False)
+    batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
+    bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
+    meter, pictures = training.Meter(), {}
+
+    for step in range(first_step + 1, config.max_train_steps + 1):
+        training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
+        for _ in range(config.gradient_accumulation_steps):
+            batch = training.to_device(next(batches), accelerator)
+            with accelerator.accumulate(unet):
+                losses, metrics = ncp_sft(m, unet, batch, config)
+                accelerator.backward(losses.mean())
+                meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
+                if accelerator.sync_gradients:
+                    meter.add({"grad_norm": accelerator.clip_grad_norm_(m.lora_parameters, config.max_grad_norm)})
+                optimizer.step()
+                optimizer.zero_grad()
+        if ema is not None:
+            ema.step(m.lora_parameters)
+        bar.update()
+
+        last = step == config.max_train_steps
+        if step % config.logging_steps == 0 or last:
+            figures = {**meter.flush(accelerator), "learning_rate": lr}
+            accelerator.log(figures, step=step)
+            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "grad_norm")})
+        if step % config.checkpointing_steps == 0 or last:
+            training.save_checkpoint(config, m, optimizer, accelerator, ema, step)
+        if last or (config.validation_steps is not None and step % config.validation_steps == 0):
+            training.validate(config, m, accelerator, ema, step, pictures)
+
+    bar.close()
+    training.finish(config, m, pairs, accelerator, ema, method, step, effective)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)
