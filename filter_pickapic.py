@@ -17,11 +17,11 @@ A *game* is a labeled row on two different images; an image is a pair (caption, 
     x_y_yz              and y > z
 
 The work has two parts. The *decision* needs nine metadata columns, 200 MB for Pick-a-Pic v2's 959,040
-rows, and no image: a few NumPy operations on integer codes of captions and uids (as a group-by in Polars
-or pandas the same takes about twice as long). The *copy* streams the surviving images in output order,
-and holds a bounded amount of them in memory; what an input in another order leaves waiting goes to an
-anonymous temporary file. Output order is (created_at, ranking_id), so it does not depend on how the input
-is cut into files. JPEG bytes are copied, never decoded.
+rows, and no image: a few NumPy operations on integer codes of captions and uids, seconds on one machine.
+The *copy* streams the surviving images in output order. It holds a row group of the output and up to 256 MB
+of images that were read before their turn; beyond that they wait in an anonymous temporary file in the output
+folder. Several machines share it by output files (`--shard`). Output order is (created_at, ranking_id), so it
+does not depend on how the input is cut into files. JPEG bytes are copied, never decoded.
 
 x > z need not have been judged. If it was not, the row is made up: the columns of the row x > y, with x as
 image 0 and z, from the row that holds it, as image 1; labels 1 and 0; user_id null; ranking_id ~r (negative)
@@ -196,17 +196,17 @@ def decide(table: pa.Table, config: Config) -> Decision:
     funnel.drop(per_prompt[caption] < config.min_games_per_prompt, "too_few_games_for_prompt")
 
     key = np.concatenate([caption, caption]).astype(np.int64) * len(uids) + np.concatenate([uid_0, uid_1])
-    image_keys, image = np.unique(key, return_inverse=True)
-    image_0, image_1 = image.reshape(2, -1)
+    encoded = pc.dictionary_encode(pa.array(key))
+    image_0, image_1 = encoded.indices.to_numpy().astype(np.int64).reshape(2, -1)
     winner, loser = np.where(first_wins, image_0, image_1), np.where(first_wins, image_1, image_0)
-    games = Games(winner, loser, tie, created, ranking, len(image_keys))
+    games = Games(winner, loser, tie, created, ranking, len(encoded.dictionary))
     row, loser_row = select(games, funnel, config)
 
     order = np.lexsort((row != loser_row, ranking[row], created[row]))
     row, loser_row = row[order], loser_row[order]
     digest = hashlib.sha256(np.stack([ranking[row], ranking[loser_row], first_wins[row], created[row]]).tobytes())
-    written = np.concatenate([image_keys[winner[row]], image_keys[loser[loser_row]]]) % max(len(uids), 1)
-    prompts, images = len(np.unique(caption[row])), len(np.unique(written))
+    written = np.concatenate([np.where(first_wins, uid_0, uid_1)[row], np.where(first_wins, uid_1, uid_0)[loser_row]])
+    prompts, images = (int((np.bincount(found) > 0).sum()) for found in (caption[row], written))
     return Decision(row, loser_row, first_wins, funnel.why, funnel.dropped, prompts, images, digest.hexdigest())
 
 
@@ -282,21 +282,22 @@ def latest_row_of_pair(games: Games, by_time: np.ndarray, first: np.ndarray, sec
 def duplicates(content: list[np.ndarray], comparable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(conflict, again), both (rows,) bool, of rows whose key content[0] occurs more than once.
 
-    conflict: rows of a key whose rows do not all agree. again: rows that repeat an earlier, equal one.
+    conflict: rows of a key whose rows do not all agree. again: rows after the first of their key.
     """
     conflict, again = np.zeros(len(comparable), bool), np.zeros(len(comparable), bool)
     rows = np.flatnonzero(comparable)
     rows = rows[np.argsort(content[0][rows], kind="stable")]
+    repeats = content[0][rows[1:]] == content[0][rows[:-1]]  # the row before
+    rows = rows[np.concatenate([repeats, [False]]) | np.concatenate([[False], repeats])] if len(rows) else rows
     first = np.ones(len(rows), bool)  # of its key
     first[1:] = content[0][rows[1:]] != content[0][rows[:-1]]
     differs = np.zeros(len(rows), bool)
     for values in content[1:]:
         differs[1:] |= values[rows[1:]] != values[rows[:-1]]
     key = np.cumsum(first) - 1
-    bad_keys = np.unique(key[differs & ~first])
-    conflict[rows] = np.isin(key, bad_keys)
+    conflict[rows] = np.isin(key, key[differs & ~first])
     again[rows] = ~first
-    return conflict, again & ~conflict
+    return conflict, again
 
 
 def codes(*columns: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
@@ -584,16 +585,16 @@ def images_in_order(
                 else:
                     waiting[k] = image
                     held += size
-            while due in waiting:
-                image = waiting.pop(due)
-                if isinstance(image, tuple):
-                    spill.seek(image[0])
-                    image = spill.read(image[1])
-                else:
-                    held -= len(image or b"")
-                due += 1
-                bar.update()
-                yield image
+                while due in waiting:
+                    image = waiting.pop(due)
+                    if isinstance(image, tuple):
+                        spill.seek(image[0])
+                        image = spill.read(image[1])
+                    else:
+                        held -= len(image or b"")
+                    due += 1
+                    bar.update()
+                    yield image
 
 
 def read_images(
@@ -609,13 +610,18 @@ def read_images(
             done, first = end, first + len(batch)
 
 
-def write_file(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def write_file(path: Path, schema: pa.Schema, tables: Iterator[pa.Table], images_repeat: bool) -> None:
     """Writes row groups to a temporary name beside `path`, then gives it its name: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    # JPEGs do not compress, but a dictionary stores an image once that several games of the row group show.
-    compression = {name: "none" if name in IMAGES else "zstd" for name in schema.names}
+    # JPEGs do not compress. A dictionary stores an image of several games once per row group, but where few repeat
+    # it only doubles the time to write.
+    options = {
+        "compression": {name: "none" if name in IMAGES else "zstd" for name in schema.names},
+        "use_dictionary": [name for name in schema.names if images_repeat or name not in IMAGES],
+        "dictionary_pagesize_limit": 1 << 30,
+    }
     try:
-        with pq.ParquetWriter(temporary, schema, compression=compression, dictionary_pagesize_limit=1 << 30) as writer:
+        with pq.ParquetWriter(temporary, schema, **options) as writer:
             for table in tables:
                 writer.write_table(table)
         with open(temporary, "rb") as file:
@@ -660,9 +666,8 @@ def copy(
         images = images_in_order(shards, rows[due], sides[due], folder, config)
     for k in todo:
         piece = pairs.slice(k * per_file, per_file)
-        write_file(
-            folder / names[k], schema, row_groups(piece, 10**6 if images is None else ROWS_PER_GROUP, images, schema)
-        )
+        tables = row_groups(piece, 10**6 if images is None else ROWS_PER_GROUP, images, schema)
+        write_file(folder / names[k], schema, tables, images_repeat=4 * len(pairs) >= 3 * decision.images)
     for _ in images or ():  # every image is written by now; this ends the progress bar
         pass
 

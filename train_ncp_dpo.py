@@ -105,7 +105,7 @@ def main() -> None:
             figures = {**meter.flush(accelerator), "learning_rate": lr}
             accelerator.log(figures, step=step)
             bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "winner_drift")})
-            if config.max_winner_drift is not None and figures["winner_drift"] > config.max_winner_drift:
+            if config.max_winner_drift is not None and not figures["winner_drift"] <= config.max_winner_drift:  # or NaN
                 stopped = f"stopped at step {step}: the winners' loss is {figures['winner_drift']:.1%} above the reference's"
         if step % config.checkpointing_steps == 0 or last or stopped:
             training.save_checkpoint(config, m, optimizer, accelerator, ema, step)

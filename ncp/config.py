@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one per process
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, even under a progress bar
         sys.exit(2)
 
 
@@ -268,7 +269,7 @@ def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
             raise wrong() from None
         if not math.isfinite(result) or (kind is int and result != int(result)):
             raise wrong()
-        result = int(value) if isinstance(value, int) else kind(result)
+        result = kind(value) if isinstance(value, int) else kind(result)  # int() of a float would lose digits
     else:
         if isinstance(value, (bool, list, dict)):
             raise wrong()

@@ -175,6 +175,7 @@ def load_models(config: TrainingConfig, description: Description, accelerator: A
     # Wrapped in the same autocast as the policy, so that at the start the two agree to the bit.
     reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
     encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks)
+    torch.manual_seed(config.seed)  # of LoRA's gaussian half, the only randomness outside the samples
     unet.add_adapter(
         LoraConfig(
             r=config.rank,

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from PIL import Image, ImageDraw
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -229,9 +229,13 @@ def save_lora(models: Models, folder: Path) -> None:
 
 
 def load_lora(models: Models, folder: Path) -> None:
-    """Puts the weights of `save_lora` back into the training U-Net, float32 to the bit."""
-    state = load_file(folder / WEIGHTS)
-    set_peft_model_state_dict(models.unet, {k.removeprefix("unet."): v for k, v in state.items()}, "default")
+    """Puts the weights of `save_lora` back into the training U-Net, float32 to the bit. Raises UserError on a mismatch."""
+    saved = load_file(folder / WEIGHTS)
+    state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in saved.items()})
+    own = lora_state(models.unet)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        raise UserError(f"{folder / WEIGHTS}: not a LoRA of this model and rank")
+    set_peft_model_state_dict(models.unet, state, "default")
 
 
 def save_checkpoint(

@@ -1,0 +1,388 @@
+"""The real scripts, launched on real files: what they write, what they refuse, and that every option runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from pipelines import SIDE, jpeg, save_dataset, save_pipeline
+from safetensors.torch import load_file, save_file
+
+import train_ncp_cpo
+import train_ncp_dpo
+import train_ncp_sft
+from ncp import data, models, training
+from ncp.config import parse
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> Path:
+    """Random SD and SDXL pipelines and a small dataset."""
+    folder = tmp_path_factory.mktemp("assets")
+    save_pipeline(folder / "sd")
+    save_pipeline(folder / "sd-v", prediction_type="v_prediction")
+    save_pipeline(folder / "xl", xl=True)
+    save_dataset(folder / "data" / "train.parquet")
+    return folder
+
+
+def arguments(assets: Path, output: Path, *extra: str, model: str = "sd") -> list[str]:
+    settings = {
+        "pretrained_model_name_or_path": assets / model, "dataset_name": assets / "data", "output_dir": output,
+        "cache_dir": assets / "cache", "resolution": SIDE, "mixed_precision": "no", "train_batch_size": 2, "max_train_steps": 2,
+        "learning_rate": 1e-3, "scale_lr": "false", "dataloader_num_workers": 0, "report_to": "none",
+    }  # fmt: skip
+    return [str(a) for key, value in settings.items() for a in (f"--{key}", value)] + list(extra)
+
+
+def launch(script: str, argv: list[str], *prefix: str) -> subprocess.CompletedProcess:
+    """The script in a process of its own, as a user would start it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *prefix, str(ROOT / script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+
+def run_here(kind: str, argv: list[str], monkeypatch, **replacements) -> dict:
+    """The script's main() in this process, which saves its imports; returns what it hands to `finish`."""
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    held: dict = {}
+    finish = training.finish
+
+    def spy(config, m, *rest):
+        held.update(config=config, models=m)
+        finish(config, m, *rest)
+
+    monkeypatch.setattr(training, "finish", spy)
+    monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
+    for name, value in replacements.items():
+        monkeypatch.setattr(SCRIPTS[kind], name, value)
+    SCRIPTS[kind].main()
+    monkeypatch.undo()
+    return held
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_only_lora_weights_change_and_they_are_finite(assets, tmp_path, monkeypatch, model):
+    held = run_here("dpo", arguments(assets, tmp_path / "out", model=model), monkeypatch)
+    m, on_disk = held["models"], UNet2DConditionModel.from_pretrained(assets / model, subfolder="unet")
+    for (name, before), after in zip(on_disk.named_parameters(), m.reference.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    lora = training.lora_state(m.unet)
+    assert lora and all(v.dtype == torch.float32 and v.isfinite().all() for v in lora.values())
+    # B starts at zero: whatever is there now was learned.
+    assert all(v.abs().max() > 0 for k, v in lora.items() if "lora_B" in k)
+    trainable = {n for n, p in m.unet.named_parameters() if p.requires_grad}
+    assert all("lora" in n for n in trainable) and len(trainable) == len(lora)
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_lora_loads_into_an_untouched_pipeline_and_draws_the_same(assets, tmp_path, monkeypatch, model):
+    argv = arguments(assets, tmp_path / "out", "--lora_alpha", "32", "--learning_rate", "1e-2", model=model)
+    m = run_here("dpo", argv, monkeypatch)["models"]
+    settings = {"height": SIDE, "width": SIDE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
+
+    def picture(pipe) -> torch.Tensor:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return torch.from_numpy(pipe("a prompt", generator=torch.Generator().manual_seed(0), **settings).images)
+
+    pipe = DiffusionPipeline.from_pretrained(assets / model)
+    base = picture(pipe)
+    pipe.load_lora_weights(tmp_path / "out")
+    loaded = picture(pipe)
+    pipe.unload_lora_weights()
+    pipe.register_modules(unet=m.unet)
+    # alpha 32 with rank 64 only survives through the metadata.
+    torch.testing.assert_close(loaded, picture(pipe), atol=1e-4, rtol=0)
+    assert (loaded - base).abs().max() > 1e-3
+
+
+def test_the_output_folder_of_a_launched_run(assets, tmp_path):
+    out = tmp_path / "out"
+    extra = ["--validation_prompts", "one, two", "--validation_num_inference_steps", "2", "--validation_steps", "1"]
+    argv = arguments(assets, out, *extra, "--report_to", "tensorboard", "--checkpointing_steps", "1")
+    done = launch("train_ncp_dpo.py", argv, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml")
+    assert done.returncode == 0, done.stderr
+    for text in ("effective batch: 2 pairs", "learning rate: 0.001", "beta 2500", "5000", "12 decisive pairs", str(out)):
+        assert text in done.stdout
+    assert "Warning" not in done.stderr and "kernels" not in done.stderr  # a clean first screen
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert {"pytorch_lora_weights.safetensors", "config.yaml", "README.md"} <= names
+    assert {"validation/step-000001.png", "validation/step-000002.png"} <= names
+    assert {"checkpoint-1/manifest.json", "checkpoint-2/manifest.json"} <= names
+    assert any("tfevents" in n for n in names)
+    card = (out / "README.md").read_text()
+    for text in (f"base_model: {assets / 'sd'}", "NCP-DPO", "load_lora_weights", "4 (2 steps of 2)", "step-000002.png"):
+        assert text in card
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(out.glob("logs/ncp"))))
+    events.Reload()
+    logged = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("loss", "reward_w", "reward_l", "margin", "accuracy", "abs_logit", "winner_drift", "grad_norm",
+                "samples_per_second", "peak_memory_gib", "learning_rate"):  # fmt: skip
+        assert len(logged[tag]) == 2, tag
+    # The first step starts at the reference: log 2, no margin.
+    assert logged["loss"][0] == pytest.approx(0.693147, abs=1e-6) and logged["margin"][0] == 0
+    assert "validation" in events.Tags()["images"]
+
+
+# ---------------------------------------------------------------- one run, many ways to it
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_resuming_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, monkeypatch, kind):
+    extra = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--use_ema", "true"]
+    run_here(kind, arguments(assets, tmp_path / "whole", *extra), monkeypatch)
+    part = tmp_path / "part"
+    part.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", part / "checkpoint-2")
+    (part / "checkpoint-3").mkdir()  # what a crash might leave
+    run_here(kind, arguments(assets, part, *extra, "--resume_from_checkpoint", "latest"), monkeypatch)
+    whole, resumed = (load_file(f / "pytorch_lora_weights.safetensors") for f in (tmp_path / "whole", part))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_eight_bit_state_is_in_use_and_in_the_checkpoint(assets, tmp_path, monkeypatch):
+    run_here("dpo", arguments(assets, tmp_path / "out"), monkeypatch)
+    state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+
+    def moments(tree):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from moments(value)
+            elif key == "state1":
+                yield value.dtype
+
+    assert torch.uint8 in set(moments(state["optimizer"]["state"]))
+
+
+def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path, monkeypatch):
+    # AdamW moves a weight by about lr whatever its gradient's size, so summation noise shows in weights of near-zero gradient.
+    extra = ["--use_8bit_adam", "false", "--adam_epsilon", "1e-3", "--max_train_steps", "3", "--learning_rate", "1e-2"]
+    # run_here undoes the environment, so it goes first.
+    run_here("dpo", arguments(assets, tmp_path / "one", *extra, "--train_batch_size", "4"), monkeypatch)
+    split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    done = launch("train_ncp_dpo.py", arguments(assets, tmp_path / "two", *extra, *split), *two)
+    assert done.returncode == 0, done.stderr
+    assert "1 x 2 accumulation x 2 processes" in done.stdout
+    one, other = (load_file(tmp_path / n / "pytorch_lora_weights.safetensors") for n in ("one", "two"))
+    moved = {k: (one[k].abs().max()) for k in one if "lora_B" in k or "lora.up" in k}
+    for k in moved:
+        assert (one[k] - other[k]).abs().max() < 1e-3 * max(moved.values()), k
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_gradient_checkpointing_leaves_the_gradients_alone(assets, tmp_path, kind, model):
+    gradients = []
+    for checkpointing in ("false", "true"):
+        config = parse(SCRIPTS[kind].Config, arguments(assets, tmp_path, "--gradient_checkpointing", checkpointing, model=model))
+        m, batch = loaded(config, losers=kind != "sft")
+        for name, p in m.unet.named_parameters():
+            if "lora_B" in name:  # zero at the start, where lora_A would have no gradient
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+        losses, _ = getattr(SCRIPTS[kind], f"ncp_{kind}")(m, m.unet, batch, config)
+        losses.mean().backward()
+        gradients.append({n: p.grad for n, p in m.unet.named_parameters() if p.requires_grad})
+    for name, plain in gradients[0].items():
+        assert plain.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
+
+
+def loaded(config, losers: bool):
+    """(models, first batch) as a script has them."""
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    accelerator = training.make_accelerator(config)
+    description = models.describe(config)
+    shape = description.latent_shape(config.resolution)
+    dataset = data.PairDataset(config, data.open_pairs(config), shape, description.num_timesteps, losers)
+    batch = next(iter(data.loader(dataset, config, 0, 0, 1)))
+    return models.load_models(config, description, accelerator), batch
+
+
+OPTIONS = [
+    ["--space", "latent"],
+    ["--encoder_blocks", "0"],
+    ["--encoder_blocks", "mid"],
+    ["--encoder_blocks", "0,1,last,mid"],
+    ["--timestep_offset", "2"],
+    ["--timestep_offset", "5"],
+    ["--timestep_offset", "x0"],
+    ["--secant", "1"],
+    ["--secant", "16"],
+    ["--mixed_precision", "bf16", "--gradient_checkpointing", "true"],
+    ["--use_8bit_adam", "false", "--use_ema", "true"],
+    ["--proportion_empty_prompts", "1", "--center_crop", "--random_flip", "false"],
+    ["--checkpoints_total_limit", "1", "--checkpointing_steps", "1", "--max_train_samples", "3"],
+]
+
+
+@pytest.mark.parametrize("extra", OPTIONS, ids=lambda o: "-".join(o).replace("--", ""))
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_every_value_of_every_option_runs(assets, tmp_path, monkeypatch, kind, extra):
+    model = "xl" if kind == "cpo" else "sd-v" if kind == "sft" else "sd"
+    held = run_here(kind, arguments(assets, tmp_path / "out", *extra, model=model), monkeypatch)
+    assert all(v.isfinite().all() for v in training.lora_state(held["models"].unet).values())
+    if "--checkpoints_total_limit" in extra:
+        assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_run_that_loses_its_winners_stops(assets, tmp_path, monkeypatch, capsys):
+    extra = ["--learning_rate", "1", "--max_winner_drift", "0.01", "--max_train_steps", "20"]
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra), monkeypatch)
+    assert "stopped at step" in capsys.readouterr().out
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+# ---------------------------------------------------------------- what they refuse
+
+
+def broken_pipeline(source: Path, target: Path, file: str, old: str, new: str) -> Path:
+    shutil.copytree(source, target)
+    text = (target / file).read_text()
+    assert old in text
+    (target / file).write_text(text.replace(old, new))
+    return target
+
+
+BAD = {
+    "unknown key": (lambda a, t: ["--train_batchsize", "2"], "did you mean --train_batch_size?"),
+    "wrong type": (lambda a, t: ["--rank", "many"], "--rank is 'many'; expected an integer"),
+    "out of range": (lambda a, t: ["--proportion_empty_prompts", "2"], "expected at most 1"),
+    "no model": (lambda a, t: ["--pretrained_model_name_or_path", str(t / "none")], "no such model folder"),
+    "not a pipeline": (lambda a, t: ["--pretrained_model_name_or_path", str(a / "data")], "model_index.json is missing"),
+    "no dataset": (lambda a, t: ["--dataset_name", str(t / "none")], "no such file or folder"),
+    "empty dataset": (lambda a, t: ["--dataset_name", str(a / "sd")], "no parquet files in"),
+    "no column": (
+        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", label_1=None))],
+        "d.parquet: column label_1 is missing",
+    ),
+    "only ties": (
+        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", label_0=[0.5] * 12, label_1=[0.5] * 12))],
+        "not a single decisive pair among 12 rows (12 ties)",
+    ),
+    "corrupt image": (
+        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", jpg_0=[jpeg(0)[:50]] * 12))],
+        "unreadable image",
+    ),
+    "not parquet": (lambda a, t: ["--dataset_name", str(junk(t / "d.parquet"))], "d.parquet: not a readable parquet file"),
+    "unrelated output": (lambda a, t: ["--output_dir", str(junk(t / "old" / "thesis.txt").parent)], "is not empty"),
+    "nothing to resume": (lambda a, t: ["--resume_from_checkpoint", "latest"], "no valid checkpoint in"),
+    "no such checkpoint": (lambda a, t: ["--resume_from_checkpoint", str(t / "checkpoint-5")], "no such checkpoint folder"),
+    "batch arithmetic": (lambda a, t: ["--effective_batch_size", "100"], "train_batch_size 2 x gradient_accumulation_steps 1"),
+    "resolution": (lambda a, t: ["--resolution", "33"], "needs a multiple of 2"),
+    "block": (lambda a, t: ["--encoder_blocks", "7"], "encoder block '7'"),
+    "fp16 without a GPU": (lambda a, t: ["--mixed_precision", "fp16"], "needs a GPU"),
+    "tracker": (lambda a, t: ["--report_to", "notebook"], "report_to is 'notebook'"),
+    "sample prediction": (
+        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
+            a / "sd", t / "m", "scheduler/scheduler_config.json", '"prediction_type": "epsilon"', '"prediction_type": "sample"'))],
+        "prediction_type 'sample'; expected one of: epsilon, v_prediction",
+    ),
+    "zero terminal SNR": (
+        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
+            a / "sd", t / "m", "scheduler/scheduler_config.json", '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'))],
+        "zero terminal SNR",
+    ),
+    "learned variance": (
+        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
+            a / "sd", t / "m", "scheduler/scheduler_config.json", '"fixed_small"', '"learned_range"'))],
+        "variance_type 'learned_range'",
+    ),
+    "not a U-Net": (
+        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
+            a / "sd", t / "m", "model_index.json", "UNet2DConditionModel", "UNetMotionModel"))],
+        "the denoiser is a UNetMotionModel",
+    ),
+    "inpainting": (
+        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
+            a / "sd", t / "m", "unet/config.json", '"in_channels": 4', '"in_channels": 9'))],
+        "takes 9 channels",
+    ),
+}  # fmt: skip
+
+
+def junk(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("not what was expected")
+    return file
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_any_model_loads(assets, tmp_path, monkeypatch, capsys, case):
+    from ncp.config import run
+
+    build, message = BAD[case]
+    argv = [*arguments(assets, tmp_path / "out"), *build(assets, tmp_path)]
+    if case != "corrupt image":  # which only a run can meet
+        monkeypatch.setattr(models, "load_models", lambda *_: pytest.fail("a model was loaded first"))
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    monkeypatch.setattr(sys, "argv", ["train_ncp_dpo.py", *argv])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(train_ncp_dpo.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    line = next(text for text in error.splitlines() if text.startswith("error: "))
+    assert message in line and "Traceback" not in error
+    if case not in ("corrupt image",):
+        assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.suffix not in (".lock",)] == []
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_launched_script_says_it_in_one_line(assets, tmp_path, kind):
+    done = launch(f"train_ncp_{kind}.py", arguments(assets, tmp_path / "out", "--lerning_rate", "1"))
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: unknown argument --lerning_rate; did you mean --learning_rate?\n"
+
+
+def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
+    run_here("dpo", arguments(assets, tmp_path / "out"), monkeypatch)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"optimizer": Evil()}, checkpoint / "optimizer.pt")
+    manifest = training.read_manifest(checkpoint)
+    file = checkpoint / "optimizer.pt"
+    manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": training._sha256(file)}
+    import json
+
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    argv = arguments(assets, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        run_here("dpo", argv, monkeypatch)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_resumed_lora_file_is_checked(assets, tmp_path):
+    run = launch("train_ncp_sft.py", arguments(assets, tmp_path / "out", "--checkpointing_steps", "1"))
+    assert run.returncode == 0, run.stderr
+    weights = tmp_path / "out" / "checkpoint-2" / "pytorch_lora_weights.safetensors"
+    save_file({"x": torch.zeros(1)}, weights)
+    argv = arguments(assets, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+    again = launch("train_ncp_sft.py", argv)
+    assert again.returncode == 0
+    assert "skipping" in again.stderr and "pytorch_lora_weights.safetensors is damaged" in again.stderr
+    assert "steps: 1 to 3" in again.stdout
