@@ -38,7 +38,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -56,6 +56,7 @@ from tqdm import tqdm
 
 import ncp
 from ncp.config import UserError, option, parse, run
+from ncp.files import files_of_split, local_files
 
 RULES = ("no_ties", "contradiction_free", "absolute_winners", "x_y", "x_y_xz", "x_y_yz")
 IMAGES = ("jpg_0", "jpg_1")
@@ -362,15 +363,9 @@ def list_files(config: Config) -> tuple[list[tuple[str, int, Callable[[], Any]]]
 
     Raises UserError if there is nothing to read.
     """
-    path = Path(config.dataset_name)
-    if path.is_file():
-        return [(path.name, path.stat().st_size, partial(str, path))], None
-    if path.is_dir():
-        found = {p.relative_to(path).as_posix(): p for p in path.rglob("*.parquet")}
-        names = files_of_split(found, config)
-        return [(name, found[name].stat().st_size, partial(str, found[name])) for name in names], None
-    if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", config.dataset_name):
-        raise UserError(f"dataset_name: no such file or folder: {config.dataset_name}")
+    local = local_files(config.dataset_name, config.dataset_split)
+    if local is not None:
+        return [(name, path.stat().st_size, partial(str, path)) for name, path in local.items()], None
 
     from huggingface_hub import HfApi, HfFileSystem
 
@@ -383,29 +378,10 @@ def list_files(config: Config) -> tuple[list[tuple[str, int, Callable[[], Any]]]
         ) from None
     hub, root = HfFileSystem(), f"datasets/{config.dataset_name}@{info.sha}"
     sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".parquet")}
+    names = files_of_split(sizes, config.dataset_split, config.dataset_name)
     # No read-ahead: pyarrow asks for the byte ranges it needs, and image columns lie between them.
     open_name = partial(hub.open, mode="rb", cache_type="none")
-    return [(n, sizes[n], partial(open_name, f"{root}/{n}")) for n in files_of_split(sizes, config)], info.sha
-
-
-def files_of_split(names: Iterable[str], config: Config) -> list[str]:
-    """The names (relative, with /) of the split's files, sorted: those named for it, or all if none is for any split.
-
-    `train-…` and `train/…` are named for train; `test_unique-…` is not named for test, but a split of its own.
-    """
-    visible = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
-
-    def named_for(name: str, split: str) -> bool:
-        return any(re.fullmatch(rf"(?:{split})(?:[-.].*)?", part) for part in name.split("/"))
-
-    chosen = [n for n in visible if named_for(n, re.escape(config.dataset_split))]
-    others = r"(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?:_\w+)?"
-    if not chosen and config.dataset_split == "train" and not any(named_for(n, others) for n in visible):
-        chosen = visible
-    if not chosen:
-        what = f"parquet files for split '{config.dataset_split}'" if visible else "parquet files"
-        raise UserError(f"dataset_name: no {what} in {config.dataset_name}")
-    return chosen
+    return [(n, sizes[n], partial(open_name, f"{root}/{n}")) for n in names], info.sha
 
 
 def open_shards(config: Config) -> tuple[list[Shard], str | None]:

@@ -30,8 +30,10 @@ class Config(TrainingConfig):
     lam: float = option(2500.0, low=0, doc="lambda, the weight of the winner's own loss")
 
 
-def ncp_cpo(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
-    """Algorithm 1 without its reference: losses (B,) of B pairs, and metrics. 2B rows hold the winners, then the losers."""
+def ncp_cpo(
+    m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
+) -> tuple[torch.Tensor, Metrics]:
+    """Algorithm 1 without its reference: losses (B,) and metrics. 2B rows hold winners, then losers."""
     x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (2B, C, h, w)
     c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
     t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
@@ -72,11 +74,14 @@ def main() -> None:
     training.announce(config, accelerator, m, pairs, first_step)
     training.start_trackers(config, accelerator)
 
-    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True)
+    dataset = data.PairDataset(
+        config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True
+    )
     batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
     bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
     meter, pictures = training.Meter(), {}
 
+    step = first_step
     for step in range(first_step + 1, config.max_train_steps + 1):
         training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
         for _ in range(config.gradient_accumulation_steps):

@@ -1,4 +1,4 @@
-"""NCP-DPO: direct preference optimization of a diffusion model in the eyes of its own U-Net (paper eq. 14, Algorithm 1).
+"""NCP-DPO: direct preference optimization of a diffusion model in the eyes of its own U-Net (paper eq. 14).
 
 For a winner and a loser of one prompt, noised alike, the DDPM step to t-1 is taken with the noise that
 the policy, the frozen reference, and the truth give. The frozen down blocks of the U-Net embed the
@@ -33,7 +33,9 @@ class Config(TrainingConfig):
     )
 
 
-def ncp_dpo(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
+def ncp_dpo(
+    m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
+) -> tuple[torch.Tensor, Metrics]:
     """Algorithm 1, lines 4 to 18: losses (B,) of B pairs, and metrics. 2B rows hold the winners, then the losers."""
     x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (2B, C, h, w)
     c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
@@ -79,11 +81,14 @@ def main() -> None:
     training.announce(config, accelerator, m, pairs, first_step)
     training.start_trackers(config, accelerator)
 
-    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True)
+    dataset = data.PairDataset(
+        config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=True
+    )
     batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
     bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
     meter, pictures, stopped = training.Meter(), {}, None
 
+    step = first_step
     for step in range(first_step + 1, config.max_train_steps + 1):
         training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
         for _ in range(config.gradient_accumulation_steps):
@@ -106,7 +111,7 @@ def main() -> None:
             accelerator.log(figures, step=step)
             bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "winner_drift")})
             if config.max_winner_drift is not None and not figures["winner_drift"] <= config.max_winner_drift:  # or NaN
-                stopped = f"stopped at step {step}: the winners' loss is {figures['winner_drift']:.1%} above the reference's"
+                stopped = f"stopped at step {step}: the winners' loss is {figures['winner_drift']:.1%} above reference"
         if step % config.checkpointing_steps == 0 or last or stopped:
             training.save_checkpoint(config, m, optimizer, accelerator, ema, step)
         if last or stopped or (config.validation_steps is not None and step % config.validation_steps == 0):

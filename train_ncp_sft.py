@@ -27,7 +27,9 @@ class Config(TrainingConfig):
     """The shared keys; supervised fine-tuning has none of its own."""
 
 
-def ncp_sft(m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config) -> tuple[torch.Tensor, Metrics]:
+def ncp_sft(
+    m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
+) -> tuple[torch.Tensor, Metrics]:
     """Algorithm 1 on winners alone: losses (B,) of B winners, and metrics."""
     x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (B, C, h, w)
     c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
@@ -69,11 +71,14 @@ def main() -> None:
     training.announce(config, accelerator, m, pairs, first_step)
     training.start_trackers(config, accelerator)
 
-    dataset = data.PairDataset(config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=False)
+    dataset = data.PairDataset(
+        config, pairs, description.latent_shape(config.resolution), description.num_timesteps, losers=False
+    )
     batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
     bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
     meter, pictures = training.Meter(), {}
 
+    step = first_step
     for step in range(first_step + 1, config.max_train_steps + 1):
         training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
         for _ in range(config.gradient_accumulation_steps):

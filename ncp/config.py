@@ -58,14 +58,14 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
     for name, field in fields.items():
         # A bare --flag means true; everything else needs its value.
         flag = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
-        parser.add_argument(f"--{name}", default=dataclasses.MISSING, help=_help(field), metavar=_show(hints[name]), **flag)
+        parser.add_argument(
+            f"--{name}", default=dataclasses.MISSING, help=_help(field), metavar=_show(hints[name]), **flag
+        )
     known, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].split("=")[0]
@@ -80,7 +80,9 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     for name, field in fields.items():
         if (text := getattr(known, name)) is not dataclasses.MISSING:
             values[name] = _convert(text, hints[name], field, f"command line: --{name}")
-        elif name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        elif (
+            name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ):
             raise UserError(f"{known.config or 'command line'}: '{name}' is missing ({field.metadata['doc']})")
     config = cls(**values)
     if hasattr(config, "check"):
@@ -107,7 +109,9 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 def save(config: Any, path: str | os.PathLike) -> None:
     """Writes a configuration as YAML that `parse` reads back to the same values."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -143,18 +147,23 @@ class TrainingConfig:
     center_crop: bool = option(False, doc="crop the centre instead of a random place")
     random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
     proportion_empty_prompts: float = option(0.0, low=0, high=1, doc="share of samples trained on the empty prompt")
-    corrupt_images: str = option("error", choices=("error", "skip"), doc="stop at an unreadable image, or skip and count")
+    corrupt_images: str = option(
+        "error", choices=("error", "skip"), doc="stop at an unreadable image, or skip and count"
+    )
     dataloader_num_workers: int = option(4, low=0, doc="processes that decode images; 0: the main process")
     # objective
     space: str = option(
-        "perceptual", choices=("perceptual", "latent"), doc="compare U-Net features (NCP) or noise (the latent baseline)"
+        "perceptual",
+        choices=("perceptual", "latent"),
+        doc="compare U-Net features (NCP) or noise (the latent baseline)",
     )
     encoder_blocks: list[str] = option(
         ["last"], doc="features of the encoder: last, mid, or down-block indices from 0; several count equally"
     )
     timestep_offset: str = option("1", doc="k of t' = t - k, or x0 to compare predictions of the clean sample")
     secant: str = option(
-        "auto", doc="auto: fixed step length, right in half precision; a number s: that secant, 1 being eq. 13 as printed"
+        "auto",
+        doc="auto: fixed step length, right in half precision; a number s: that secant, 1 being eq. 13 as printed",
     )
     secant_length: float = option(0.035, above=0, doc="step length of secant auto, in latent standard deviations")
     # optimisation
@@ -163,7 +172,9 @@ class TrainingConfig:
     train_batch_size: int = option(1, low=1, doc="pairs per process and forward pass")
     gradient_accumulation_steps: int = option(1, low=1, doc="forward passes per optimizer step")
     effective_batch_size: int | None = option(
-        None, low=1, doc="if given, must equal batch x accumulation x processes: a guard when the number of GPUs changes"
+        None,
+        low=1,
+        doc="if given, must equal batch x accumulation x processes: a guard when the number of GPUs changes",
     )
     max_train_steps: int = option(1000, low=1, doc="optimizer steps")
     learning_rate: float = option(1e-8, above=0, doc="learning rate, before scale_lr")
@@ -175,7 +186,9 @@ class TrainingConfig:
     adam_weight_decay: float = option(1e-2, low=0, doc="AdamW's weight decay")
     adam_epsilon: float = option(1e-8, above=0, doc="AdamW's epsilon")
     max_grad_norm: float = option(1.0, above=0, doc="gradients are clipped to this norm")
-    gradient_checkpointing: bool = option(False, doc="recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, doc="recompute activations in the backward pass: less memory, more time"
+    )
     mixed_precision: str = option(
         "bf16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
     )
@@ -204,7 +217,9 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Rules that span keys. Raises UserError."""
-        if self.timestep_offset != "x0" and not (self.timestep_offset.isdigit() and 1 <= int(self.timestep_offset) <= 999):
+        if self.timestep_offset != "x0" and not (
+            self.timestep_offset.isdigit() and 1 <= int(self.timestep_offset) <= 999
+        ):
             raise UserError(f"timestep_offset is '{self.timestep_offset}'; expected an integer from 1 to 999, or x0")
         if self.secant != "auto":
             try:
@@ -212,7 +227,9 @@ class TrainingConfig:
             except ValueError:
                 valid = False
             if not valid:
-                raise UserError(f"secant is '{self.secant}'; expected auto, or a number of at least 1 (1: eq. 13 as printed)")
+                raise UserError(
+                    f"secant is '{self.secant}'; expected auto, or a number of at least 1 (1: eq. 13 as printed)"
+                )
         if not self.encoder_blocks or len(set(self.encoder_blocks)) < len(self.encoder_blocks):
             raise UserError(f"encoder_blocks is {self.encoder_blocks}; expected at least one block, each once")
         if self.lr_warmup_steps > self.max_train_steps:
@@ -255,7 +272,16 @@ def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
         return UserError(f"{where} is {value!r}; expected {_show(kind)}{hint}")
 
     if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if not isinstance(value, bool) and (not isinstance(value, str) or value.lower() not in words):
             raise wrong()
         result: Any = value if isinstance(value, bool) else words[value.lower()]

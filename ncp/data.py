@@ -20,34 +20,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from ncp.config import TrainingConfig, UserError
+from ncp.files import local_files
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
 ORDER, SAMPLE = 0, 1  # streams of randomness
 
 
 # ---------------------------------------------------------------- reading
-
-
-def local_shards(dataset_name: str, split: str) -> list[Path] | None:
-    """The parquet files of a split in a local folder (or the one file), sorted; None if it is not a local path.
-
-    Files whose name starts with the split's name, if there are any, else all. Raises UserError for a path
-    that holds none.
-    """
-    path = Path(dataset_name)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        if path.suffix == ".parquet" or dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") != 1:
-            raise UserError(f"dataset_name: no such file or folder: {dataset_name}")
-        return None
-    files = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith("."))
-    if not files:
-        raise UserError(f"dataset_name: no parquet files in {dataset_name}")
-    named = [p for p in files if p.name.startswith(split)]
-    if not named and split != "train":
-        raise UserError(f"dataset_split: no parquet file in {dataset_name} has a name that starts with '{split}'")
-    return named or files
 
 
 def check_columns(files: list[Path], columns: tuple[str, ...] = COLUMNS) -> list[int]:
@@ -63,7 +42,9 @@ def check_columns(files: list[Path], columns: tuple[str, ...] = COLUMNS) -> list
             raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
         missing = [c for c in columns if c not in metadata.schema.names]
         if missing:
-            raise UserError(f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}")
+            raise UserError(
+                f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}"
+            )
         rows.append(metadata.num_rows)
     return rows
 
@@ -100,7 +81,8 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     """
     import datasets
 
-    files = local_shards(config.dataset_name, config.dataset_split)
+    local = local_files(config.dataset_name, config.dataset_split)
+    files = list(local.values()) if local else None
     file_rows = check_columns(files) if files else []
     datasets.disable_progress_bars()
     try:
@@ -112,12 +94,16 @@ def open_pairs(config: TrainingConfig) -> Pairs:
             table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
     except Exception as error:  # datasets raises many kinds for a hub that does not answer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {reason}") from None
+        raise UserError(
+            f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {reason}"
+        ) from None
     missing = [c for c in COLUMNS if c not in table.column_names]
     if missing:
         raise UserError(f"{config.dataset_name}: column {', '.join(missing)} is missing; expected {', '.join(COLUMNS)}")
     table = table.select_columns(list(COLUMNS))
-    rows, winner, dropped = decisive(table.select_columns([c for c in COLUMNS if not c.startswith("jpg")]).with_format("numpy"))
+    rows, winner, dropped = decisive(
+        table.select_columns([c for c in COLUMNS if not c.startswith("jpg")]).with_format("numpy")
+    )
     if config.max_train_samples is not None:
         rows, winner = rows[: config.max_train_samples], winner[: config.max_train_samples]
     if not len(rows):
@@ -156,7 +142,9 @@ class PairDataset(Dataset):
     float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per image. Or `error`, a line.
     """
 
-    def __init__(self, config: TrainingConfig, pairs: Pairs, latent_shape: tuple[int, int, int], num_timesteps: int, losers: bool):
+    def __init__(
+        self, config: TrainingConfig, pairs: Pairs, latent_shape: tuple[int, int, int], num_timesteps: int, losers: bool
+    ):
         self.config, self.pairs, self.latent_shape, self.num_timesteps = config, pairs, latent_shape, num_timesteps
         self.images = 2 if losers else 1
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -211,7 +199,9 @@ class PairDataset(Dataset):
                 pictures.append(decode(row[f"jpg_{side}"]))
             except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
                 place = f"{self.pairs.source(number)}, jpg_{side}, uid {row[f'image_{side}_uid']}"
-                raise CorruptImage(f"{place}: unreadable image ({error}); corrupt_images: skip trains on without it") from None
+                raise CorruptImage(
+                    f"{place}: unreadable image ({error}); corrupt_images: skip trains on without it"
+                ) from None
         return row, pictures
 
 
@@ -286,7 +276,7 @@ class _Positions:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """One batch: images of winners first, then losers: pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...).
+    """One batch, winners' images first, then losers': pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...).
 
     An error in any sample becomes {"error": line}: an exception would arrive from a worker as a traceback.
     """

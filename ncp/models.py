@@ -68,7 +68,9 @@ def describe(config: TrainingConfig) -> Description:
     unet = _read_json(name, "unet/config.json", config.revision)
     scheduler = _read_json(name, "scheduler/scheduler_config.json", config.revision)
     vae_name = config.pretrained_vae_model_name_or_path
-    vae = _read_json(vae_name, "config.json", None) if vae_name else _read_json(name, "vae/config.json", config.revision)
+    vae = (
+        _read_json(vae_name, "config.json", None) if vae_name else _read_json(name, "vae/config.json", config.revision)
+    )
 
     if index["unet"][1] != "UNet2DConditionModel":
         raise UserError(f"{name}: the denoiser is a {index['unet'][1]}; the method needs a UNet2DConditionModel")
@@ -81,14 +83,18 @@ def describe(config: TrainingConfig) -> Description:
     if kind not in PREDICTION_TYPES:
         raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
     if "FlowMatch" in scheduler.get("_class_name", ""):
-        raise UserError(f"{name}: {scheduler['_class_name']} is a flow-matching scheduler; the method needs a DDPM schedule")
+        raise UserError(
+            f"{name}: {scheduler['_class_name']} is a flow-matching scheduler; the method needs a DDPM schedule"
+        )
     if scheduler.get("rescale_betas_zero_snr"):
         raise UserError(f"{name}: the scheduler has zero terminal SNR, where the reverse step divides by zero")
     if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
         raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
     description = Description(pipeline, unet, vae, scheduler)
     if config.first_timestep >= description.num_timesteps:
-        raise UserError(f"timestep_offset is {config.timestep_offset}; this schedule has {description.num_timesteps} timesteps")
+        raise UserError(
+            f"timestep_offset is {config.timestep_offset}; this schedule has {description.num_timesteps} timesteps"
+        )
     for block in config.encoder_blocks:
         try:
             normalize_block(block, len(unet["down_block_types"]))
@@ -120,7 +126,9 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except Exception as error:  # many kinds: offline, gated, no such repository
-        raise UserError(f"model '{name}' is no local folder, and the hub gave no {file}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model '{name}' is no local folder, and the hub gave no {file}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 # ---------------------------------------------------------------- loading
@@ -157,7 +165,9 @@ def load_models(config: TrainingConfig, description: Description, accelerator: A
         vae = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path, dtype=dtype)
     else:
         # SDXL's own VAE overflows in fp16; its config says so.
-        where_vae = {**where, "dtype": torch.float32} if description.vae.get("force_upcast", description.is_xl) else where
+        where_vae = (
+            {**where, "dtype": torch.float32} if description.vae.get("force_upcast", description.is_xl) else where
+        )
         vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **where_vae)
     extra = {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
     pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
@@ -210,13 +220,16 @@ def encode_prompts(pipe: Any, prompts: list[str], time_ids: torch.Tensor) -> dic
     if not isinstance(pipe, StableDiffusionXLPipeline):
         return {"encoder_hidden_states": text}
     pooled = outputs[2].repeat(rounds, 1)
-    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(pooled)}}
+    return {
+        "encoder_hidden_states": text,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(pooled)},
+    }
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """x0 (B, C, h, w) float32, scaled latents sampled from the VAE's posterior with `noise`, of uint8 (B, 3, H, W)."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
+    posterior = vae.encode((pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
     x0 = posterior.mean.float() + posterior.std.float() * noise
     return (x0 - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 

@@ -21,14 +21,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from PIL import Image, ImageDraw
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import ncp
 from ncp.config import TrainingConfig, UserError, save
 from ncp.data import Pairs
-from ncp.models import Description, Models, draw
+from ncp.models import Models, draw
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -77,12 +77,11 @@ def claim_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Path |
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")
     wanted = config.resume_from_checkpoint
-    if wanted is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"output_dir: {folder} is not empty; set resume_from_checkpoint: latest to continue the run in it, "
-                "or choose another folder"
-            )
+    if wanted is None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"output_dir: {folder} is not empty; set resume_from_checkpoint: latest to continue the run in it, "
+            "or choose another folder"
+        )
     checkpoint = None
     if wanted == "latest":
         reasons = []
@@ -100,7 +99,9 @@ def claim_output_dir(config: TrainingConfig, accelerator: Accelerator) -> Path |
         if reason := checkpoint_fault(checkpoint):
             raise UserError(f"resume_from_checkpoint: {checkpoint}: {reason}")
     if checkpoint is not None and (step := read_manifest(checkpoint)["step"]) > config.max_train_steps:
-        raise UserError(f"resume_from_checkpoint: {checkpoint} is at step {step}, past max_train_steps {config.max_train_steps}")
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is at step {step}, past max_train_steps {config.max_train_steps}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,20 +179,25 @@ def announce(config: TrainingConfig, accelerator: Accelerator, models: Models, p
     trainable = sum(p.numel() for p in models.lora_parameters)
     frozen = sum(p.numel() * p.element_size() for p in models.reference.parameters())
     state = trainable * (4 + 4 + (2 if config.use_8bit_adam else 8))
+    c, n = config, accelerator.num_processes
+    processes = f"{n} process{'es' * (n > 1)}"
+    rate = learning_rate(c, c.max_train_steps, effective)
+    scaled = f"{c.learning_rate:g} x {effective}" if c.scale_lr else "not scaled"
     lines = {
-        "model": f"{config.pretrained_model_name_or_path} ({type(models.pipe).__name__}, {models.scheduler.config.prediction_type})",
-        "data": f"{len(pairs):,} decisive pairs of {len(pairs.table):,} rows in {config.dataset_name}"
+        "model": f"{c.pretrained_model_name_or_path} ({type(models.pipe).__name__}, "
+        f"{models.scheduler.config.prediction_type})",
+        "data": f"{len(pairs):,} decisive pairs of {len(pairs.table):,} rows in {c.dataset_name}"
         + "".join(f"; {count:,} {reason}" for reason, count in pairs.dropped.items()),
-        "effective batch": f"{effective} pairs = {config.train_batch_size} x {config.gradient_accumulation_steps} accumulation "
-        f"x {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}",
-        "steps": f"{first_step} to {config.max_train_steps}: {samples:,} samples in all, {samples / len(pairs):.2f} epochs",
-        "learning rate": f"{learning_rate(config, config.max_train_steps, effective):.3g} after {config.lr_warmup_steps} warm-up steps"
-        + (f" ({config.learning_rate:g} x {effective})" if config.scale_lr else " (not scaled)"),
-        "loss": describe_loss(config),
-        "precision": f"{accelerator.mixed_precision} on {accelerator.device}; LoRA rank {config.rank}, {trainable:,} weights in float32",
-        "memory": f"frozen U-Net {frozen / 2**20:,.0f} MiB (shared by policy, reference and encoder), "
-        f"LoRA with gradients and optimizer {state / 2**20:,.0f} MiB; activations come on top",
-        "output": config.output_dir,
+        "effective batch": f"{effective} pairs = {c.train_batch_size} x {c.gradient_accumulation_steps} accumulation "
+        f"x {processes}",
+        "steps": f"{first_step} to {c.max_train_steps}: {samples:,} samples in all, {samples / len(pairs):.2f} epochs",
+        "learning rate": f"{rate:.3g} after {c.lr_warmup_steps} warm-up steps ({scaled})",
+        "loss": describe_loss(c),
+        "precision": f"{accelerator.mixed_precision} on {accelerator.device}; LoRA rank {c.rank}, "
+        f"{trainable:,} weights in float32",
+        "memory": f"frozen U-Net {frozen / 2**20:,.0f} MiB (shared by policy, reference and encoder), LoRA with "
+        f"gradients and optimizer {state / 2**20:,.0f} MiB; activations come on top",
+        "output": c.output_dir,
     }
     for name, text in lines.items():
         accelerator.print(f"{name:>16}: {text}")
@@ -206,7 +212,9 @@ def describe_loss(config: TrainingConfig) -> str:
         offset = "x0" if config.timestep_offset == "x0" else f"t-{config.timestep_offset}"
         text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {secant}"
     if (beta := getattr(config, "beta", None)) is not None:
-        text += f"; beta {beta:g} (the paper's beta T; Diffusion-DPO's code writes the same as {2 * beta:g} with a factor 0.5)"
+        text += (
+            f"; beta {beta:g} (the paper's beta T; {2 * beta:g} where the loss has a factor 0.5, as in Diffusion-DPO)"
+        )
     return text
 
 
@@ -229,7 +237,7 @@ def save_lora(models: Models, folder: Path) -> None:
 
 
 def load_lora(models: Models, folder: Path) -> None:
-    """Puts the weights of `save_lora` back into the training U-Net, float32 to the bit. Raises UserError on a mismatch."""
+    """Puts the weights of `save_lora` back into the training U-Net, to the bit. Raises UserError if they do not fit."""
     saved = load_file(folder / WEIGHTS)
     state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in saved.items()})
     own = lora_state(models.unet)
@@ -263,7 +271,9 @@ def save_checkpoint(
     }
     torch.save(state, temporary / "optimizer.pt")
     files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps({"step": step, "version": ncp.__version__, "files": files}, indent=1))
+    (temporary / "manifest.json").write_text(
+        json.dumps({"step": step, "version": ncp.__version__, "files": files}, indent=1)
+    )
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
@@ -290,7 +300,7 @@ def load_checkpoint(
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: every file is there with the size and hash it was written with."""
+    """What is wrong with a checkpoint folder, or None if its files are as they were written."""
     if not checkpoint.is_dir():
         return "no such checkpoint folder"
     try:
@@ -369,7 +379,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def validate(
-    config: TrainingConfig, models: Models, accelerator: Accelerator, ema: EMAModel | None, step: int, cache: dict[str, Any]
+    config: TrainingConfig,
+    models: Models,
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    step: int,
+    cache: dict[str, Any],
 ) -> None:
     """Draws the validation prompts with the reference and with the tuned model, and saves both as one grid.
 
@@ -396,7 +411,9 @@ def validate(
         picture.save(folder / f"step-{step:06d}.png")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
+                    picture.height, picture.width, 3
+                )
                 tracker.writer.add_image("validation", pixels, step, dataformats="HWC")
             elif tracker.name == "wandb":
                 import wandb
@@ -455,7 +472,9 @@ def finish(
     if config.push_to_hub:
         from huggingface_hub import create_repo, upload_folder
 
-        repository = create_repo(config.hub_model_id or folder.name, private=config.hub_private_repo, exist_ok=True).repo_id
+        repository = create_repo(
+            config.hub_model_id or folder.name, private=config.hub_private_repo, exist_ok=True
+        ).repo_id
         patterns = [WEIGHTS, "README.md", "config.yaml", "validation/*.png"]
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="End of training")
 

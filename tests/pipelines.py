@@ -42,7 +42,11 @@ def unet(xl: bool = False, channels: tuple[int, ...] = (32, 64, 64)) -> UNet2DCo
     """Three down blocks, cross attention in the outer two; SDXL's text_time conditioning if `xl`."""
     torch.manual_seed(0)
     extra = (
-        {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 * 6 + 24}
+        {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 8 * 6 + 24,
+        }
         if xl
         else {}
     )
@@ -61,7 +65,13 @@ def unet(xl: bool = False, channels: tuple[int, ...] = (32, 64, 64)) -> UNet2DCo
 
 def scheduler(**changes) -> DDPMScheduler:
     """Stable Diffusion's betas."""
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "steps_offset": 1,
+    }
     return DDPMScheduler(**{**settings, **changes})
 
 
@@ -69,8 +79,9 @@ def save_pipeline(folder: Path, xl: bool = False, **scheduler_changes) -> Path:
     """A complete random SD or SDXL pipeline folder."""
     torch.manual_seed(2)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        latent_channels=4, norm_num_groups=4, sample_size=SIDE, scaling_factor=0.5, force_upcast=xl,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=SIDE,
+        scaling_factor=0.5, force_upcast=xl,
     )  # fmt: skip
     parts = {"vae": vae, "unet": unet(xl), "scheduler": scheduler(**scheduler_changes), "tokenizer": tokenizer()}
     parts["text_encoder"] = text_encoder(CLIPTextModel)
@@ -78,7 +89,9 @@ def save_pipeline(folder: Path, xl: bool = False, **scheduler_changes) -> Path:
         parts |= {"tokenizer_2": tokenizer(), "text_encoder_2": text_encoder(CLIPTextModelWithProjection)}
         pipe = StableDiffusionXLPipeline(**parts)
     else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,8 @@ from PIL import Image
 from pipelines import jpeg, save_dataset
 
 from ncp.config import UserError, parse
-from ncp.data import PairDataset, collate, decisive, decode, loader, local_shards, open_pairs, resize_crop_flip
+from ncp.data import PairDataset, collate, decisive, decode, loader, open_pairs, resize_crop_flip
+from ncp.files import local_files
 from train_ncp_dpo import Config
 
 SHAPE = (4, 16, 16)
@@ -61,9 +62,18 @@ def test_each_epoch_is_a_permutation_and_epochs_differ(tmp_path):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "processes"), [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "processes"), [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+)
 def test_any_split_of_a_step_sees_the_same_positions(tmp_path, batch, accumulation, processes):
-    extra = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), "--max_train_steps", "3"]
+    extra = [
+        "--train_batch_size",
+        str(batch),
+        "--gradient_accumulation_steps",
+        str(accumulation),
+        "--max_train_steps",
+        "3",
+    ]
     config, dataset = make(tmp_path, *extra)
     seen = []
     for rank in range(processes):
@@ -125,7 +135,9 @@ def test_resize_and_crop_take_the_stated_window():
     assert right.time_ids == (10, 20, 0, 5, 5, 5)
     assert right.pixels[2, 1:-1, 0].tolist() == [125, 145, 165]  # bilinear means of pixels 12 and 13, 14 and 15, ...
     left = resize_crop_flip(Image.fromarray(columns), 5, np.array([0.0, 1.0]), True)
-    assert np.array_equal(left.pixels, resize_crop_flip(Image.fromarray(columns[:, ::-1]), 5, np.array([0.0, 1.0]), False).pixels)
+    assert np.array_equal(
+        left.pixels, resize_crop_flip(Image.fromarray(columns[:, ::-1]), 5, np.array([0.0, 1.0]), False).pixels
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 10), (7, 300)])
@@ -167,12 +179,12 @@ def test_all_images_corrupt_ends_even_when_skipping(tmp_path):
 
 
 def test_split_selects_files_by_name(tmp_path):
-    for name in ("train-0.parquet", "train-1.parquet", "validation-0.parquet"):
+    for name in ("train-0.parquet", "train-1.parquet", "test_unique-0.parquet", ".cache/train-2.parquet"):
         save_dataset(tmp_path / "data" / name)
-    names = lambda split: [f.name for f in local_shards(str(tmp_path), split)]  # noqa: E731
+    names = lambda split: [p.name for p in local_files(str(tmp_path), split).values()]  # noqa: E731
     assert names("train") == ["train-0.parquet", "train-1.parquet"]
-    assert names("validation") == ["validation-0.parquet"]
-    with pytest.raises(UserError, match="dataset_split"):
+    assert names("test_unique") == ["test_unique-0.parquet"]
+    with pytest.raises(UserError, match="no parquet files for split 'test'"):
         names("test")
 
 

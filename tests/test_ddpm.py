@@ -35,8 +35,9 @@ def test_reverse_step_agrees_with_a_loop_over_the_scheduler(variance_type, k):
 
 
 def test_true_noise_lands_on_the_forward_process():
-    # Put eq. 1 into eq. 2 with eps itself. The coefficient of x0 is sqrt(abar_t / alpha) = sqrt(abar_{t-1}); that of eps is
-    #   sqrt(1 - abar_t) / sqrt(alpha) - (1 - alpha) / sqrt(alpha (1 - abar_t)) = sqrt(alpha) (1 - abar_{t-1}) / sqrt(1 - abar_t)
+    # Put eq. 1 into eq. 2 with eps itself. The coefficient of x0 is sqrt(abar_t / alpha) = sqrt(abar_{t-1}); of eps,
+    #   sqrt(1 - abar_t) / sqrt(alpha) - (1 - alpha) / sqrt(alpha (1 - abar_t))
+    #   = sqrt(alpha) (1 - abar_{t-1}) / sqrt(1 - abar_t)
     # since 1 - abar_t - (1 - alpha) = alpha (1 - abar_{t-1}). With fixed_small the variances add up to 1 - abar_{t-1}.
     s = scheduler()
     t = torch.arange(1, T)

@@ -667,7 +667,7 @@ def test_a_full_disk_is_one_line(tmp_path, many_rows, monkeypatch):
 
 def test_files_of_split():
     def of(names, split="train"):
-        return fp.files_of_split(names, config(dataset_split=split))
+        return fp.files_of_split(names, split, "d")
 
     assert of(["data/train-1.parquet", "data/train-0.parquet", "data/test-0.parquet", "x.parquet"]) == [
         "data/train-0.parquet",

@@ -77,7 +77,11 @@ def test_extreme_logits_stay_finite():
 
 
 def test_metrics_carry_no_gradient():
-    for _, metrics in (dpo_loss(*tensors(1, 2, 3, 4), beta=1), cpo_loss(*tensors(1, 2), beta=1, lam=1), sft_loss(*tensors(1))):
+    for _, metrics in (
+        dpo_loss(*tensors(1, 2, 3, 4), beta=1),
+        cpo_loss(*tensors(1, 2), beta=1, lam=1),
+        sft_loss(*tensors(1)),
+    ):
         assert not any(v.requires_grad for v in metrics.values())
 
 

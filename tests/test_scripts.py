@@ -36,10 +36,19 @@ def assets(tmp_path_factory) -> Path:
 
 def arguments(assets: Path, output: Path, *extra: str, model: str = "sd") -> list[str]:
     settings = {
-        "pretrained_model_name_or_path": assets / model, "dataset_name": assets / "data", "output_dir": output,
-        "cache_dir": assets / "cache", "resolution": SIDE, "mixed_precision": "no", "train_batch_size": 2, "max_train_steps": 2,
-        "learning_rate": 1e-3, "scale_lr": "false", "dataloader_num_workers": 0, "report_to": "none",
-    }  # fmt: skip
+        "pretrained_model_name_or_path": assets / model,
+        "dataset_name": assets / "data",
+        "output_dir": output,
+        "cache_dir": assets / "cache",
+        "resolution": SIDE,
+        "mixed_precision": "no",
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-3,
+        "scale_lr": "false",
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+    }
     return [str(a) for key, value in settings.items() for a in (f"--{key}", value)] + list(extra)
 
 
@@ -113,9 +122,18 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
     out = tmp_path / "out"
     extra = ["--validation_prompts", "one, two", "--validation_num_inference_steps", "2", "--validation_steps", "1"]
     argv = arguments(assets, out, *extra, "--report_to", "tensorboard", "--checkpointing_steps", "1")
-    done = launch("train_ncp_dpo.py", argv, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml")
+    done = launch(
+        "train_ncp_dpo.py", argv, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"
+    )
     assert done.returncode == 0, done.stderr
-    for text in ("effective batch: 2 pairs", "learning rate: 0.001", "beta 2500", "5000", "12 decisive pairs", str(out)):
+    for text in (
+        "effective batch: 2 pairs",
+        "learning rate: 0.001",
+        "beta 2500",
+        "5000",
+        "12 decisive pairs",
+        str(out),
+    ):
         assert text in done.stdout
     assert "Warning" not in done.stderr and "kernels" not in done.stderr  # a clean first screen
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
@@ -139,12 +157,35 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
     assert "validation" in events.Tags()["images"]
 
 
+def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = {}
+    reply = type("Repo", (), {"repo_id": "me/mine"})
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **kw: calls.update(name=name, **kw) or reply)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kw: calls.update(kw))
+    run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine"), monkeypatch)
+    assert calls["name"] == calls["repo_id"] == "me/mine" and calls["private"] is True
+    assert calls["folder_path"] == tmp_path / "out"
+    assert {"pytorch_lora_weights.safetensors", "README.md", "config.yaml"} <= set(calls["allow_patterns"])
+    assert 'load_lora_weights("me/mine")' in (tmp_path / "out" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------- one run, many ways to it
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resuming_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, monkeypatch, kind):
-    extra = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--use_ema", "true"]
+    extra = [
+        "--max_train_steps",
+        "4",
+        "--checkpointing_steps",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--use_ema",
+        "true",
+    ]
     run_here(kind, arguments(assets, tmp_path / "whole", *extra), monkeypatch)
     part = tmp_path / "part"
     part.mkdir()
@@ -171,7 +212,7 @@ def test_eight_bit_state_is_in_use_and_in_the_checkpoint(assets, tmp_path, monke
 
 
 def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path, monkeypatch):
-    # AdamW moves a weight by about lr whatever its gradient's size, so summation noise shows in weights of near-zero gradient.
+    # AdamW moves a weight by lr whatever its gradient's size: with a small epsilon, summation noise would show.
     extra = ["--use_8bit_adam", "false", "--adam_epsilon", "1e-3", "--max_train_steps", "3", "--learning_rate", "1e-2"]
     # run_here undoes the environment, so it goes first.
     run_here("dpo", arguments(assets, tmp_path / "one", *extra, "--train_batch_size", "4"), monkeypatch)
@@ -192,7 +233,9 @@ def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path, mon
 def test_gradient_checkpointing_leaves_the_gradients_alone(assets, tmp_path, kind, model):
     gradients = []
     for checkpointing in ("false", "true"):
-        config = parse(SCRIPTS[kind].Config, arguments(assets, tmp_path, "--gradient_checkpointing", checkpointing, model=model))
+        config = parse(
+            SCRIPTS[kind].Config, arguments(assets, tmp_path, "--gradient_checkpointing", checkpointing, model=model)
+        )
         m, batch = loaded(config, losers=kind != "sft")
         for name, p in m.unet.named_parameters():
             if "lora_B" in name:  # zero at the start, where lora_A would have no gradient
@@ -255,69 +298,71 @@ def test_a_run_that_loses_its_winners_stops(assets, tmp_path, monkeypatch, capsy
 # ---------------------------------------------------------------- what they refuse
 
 
-def broken_pipeline(source: Path, target: Path, file: str, old: str, new: str) -> Path:
-    shutil.copytree(source, target)
-    text = (target / file).read_text()
+def altered(assets: Path, tmp: Path, file: str, old: str, new: str) -> list[str]:
+    """Arguments for a copy of the SD pipeline with one text in one of its files replaced."""
+    shutil.copytree(assets / "sd", tmp / "m")
+    text = (tmp / "m" / file).read_text()
     assert old in text
-    (target / file).write_text(text.replace(old, new))
-    return target
+    (tmp / "m" / file).write_text(text.replace(old, new))
+    return ["--pretrained_model_name_or_path", str(tmp / "m")]
 
 
+def dataset(tmp: Path, **columns) -> list[str]:
+    return ["--dataset_name", str(save_dataset(tmp / "d.parquet", **columns))]
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
 BAD = {
     "unknown key": (lambda a, t: ["--train_batchsize", "2"], "did you mean --train_batch_size?"),
     "wrong type": (lambda a, t: ["--rank", "many"], "--rank is 'many'; expected an integer"),
     "out of range": (lambda a, t: ["--proportion_empty_prompts", "2"], "expected at most 1"),
     "no model": (lambda a, t: ["--pretrained_model_name_or_path", str(t / "none")], "no such model folder"),
-    "not a pipeline": (lambda a, t: ["--pretrained_model_name_or_path", str(a / "data")], "model_index.json is missing"),
+    "not a pipeline": (lambda a, t: ["--pretrained_model_name_or_path", str(a)], "model_index.json is missing"),
     "no dataset": (lambda a, t: ["--dataset_name", str(t / "none")], "no such file or folder"),
     "empty dataset": (lambda a, t: ["--dataset_name", str(a / "sd")], "no parquet files in"),
-    "no column": (
-        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", label_1=None))],
-        "d.parquet: column label_1 is missing",
-    ),
+    "no column": (lambda a, t: dataset(t, label_1=None), "d.parquet: column label_1 is missing"),
     "only ties": (
-        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", label_0=[0.5] * 12, label_1=[0.5] * 12))],
+        lambda a, t: dataset(t, label_0=[0.5] * 12, label_1=[0.5] * 12),
         "not a single decisive pair among 12 rows (12 ties)",
     ),
-    "corrupt image": (
-        lambda a, t: ["--dataset_name", str(save_dataset(t / "d.parquet", jpg_0=[jpeg(0)[:50]] * 12))],
-        "unreadable image",
-    ),
-    "not parquet": (lambda a, t: ["--dataset_name", str(junk(t / "d.parquet"))], "d.parquet: not a readable parquet file"),
+    "corrupt image": (lambda a, t: dataset(t, jpg_0=[jpeg(0)[:50]] * 12), "unreadable image"),
+    "not parquet": (lambda a, t: ["--dataset_name", str(junk(t / "d.parquet"))], "not a readable parquet file"),
     "unrelated output": (lambda a, t: ["--output_dir", str(junk(t / "old" / "thesis.txt").parent)], "is not empty"),
     "nothing to resume": (lambda a, t: ["--resume_from_checkpoint", "latest"], "no valid checkpoint in"),
-    "no such checkpoint": (lambda a, t: ["--resume_from_checkpoint", str(t / "checkpoint-5")], "no such checkpoint folder"),
-    "batch arithmetic": (lambda a, t: ["--effective_batch_size", "100"], "train_batch_size 2 x gradient_accumulation_steps 1"),
+    "no such checkpoint": (lambda a, t: ["--resume_from_checkpoint", str(t / "c-5")], "no such checkpoint folder"),
+    "batch arithmetic": (
+        lambda a, t: ["--effective_batch_size", "100"],
+        "train_batch_size 2 x gradient_accumulation_steps 1",
+    ),
     "resolution": (lambda a, t: ["--resolution", "33"], "needs a multiple of 2"),
     "block": (lambda a, t: ["--encoder_blocks", "7"], "encoder block '7'"),
     "fp16 without a GPU": (lambda a, t: ["--mixed_precision", "fp16"], "needs a GPU"),
     "tracker": (lambda a, t: ["--report_to", "notebook"], "report_to is 'notebook'"),
     "sample prediction": (
-        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
-            a / "sd", t / "m", "scheduler/scheduler_config.json", '"prediction_type": "epsilon"', '"prediction_type": "sample"'))],
+        lambda a, t: altered(a, t, SCHEDULER, '"prediction_type": "epsilon"', '"prediction_type": "sample"'),
         "prediction_type 'sample'; expected one of: epsilon, v_prediction",
     ),
     "zero terminal SNR": (
-        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
-            a / "sd", t / "m", "scheduler/scheduler_config.json", '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'))],
+        lambda a, t: altered(a, t, SCHEDULER, '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'),
         "zero terminal SNR",
     ),
     "learned variance": (
-        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
-            a / "sd", t / "m", "scheduler/scheduler_config.json", '"fixed_small"', '"learned_range"'))],
+        lambda a, t: altered(a, t, SCHEDULER, '"fixed_small"', '"learned_range"'),
         "variance_type 'learned_range'",
     ),
     "not a U-Net": (
-        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
-            a / "sd", t / "m", "model_index.json", "UNet2DConditionModel", "UNetMotionModel"))],
+        lambda a, t: altered(a, t, "model_index.json", "UNet2DConditionModel", "UNetMotionModel"),
         "the denoiser is a UNetMotionModel",
     ),
     "inpainting": (
-        lambda a, t: ["--pretrained_model_name_or_path", str(broken_pipeline(
-            a / "sd", t / "m", "unet/config.json", '"in_channels": 4', '"in_channels": 9'))],
+        lambda a, t: altered(a, t, "unet/config.json", '"in_channels": 4', '"in_channels": 9'),
         "takes 9 channels",
     ),
-}  # fmt: skip
+    "an unknown file of the model": (
+        lambda a, t: altered(a, t, SCHEDULER, "{", "["),
+        "scheduler_config.json: not readable as JSON",
+    ),
+}
 
 
 def junk(file: Path) -> Path:
@@ -355,6 +400,14 @@ def test_a_launched_script_says_it_in_one_line(assets, tmp_path, kind):
     assert done.stderr == "error: command line: unknown argument --lerning_rate; did you mean --learning_rate?\n"
 
 
+@pytest.mark.parametrize("key", ["pretrained_model_name_or_path", "dataset_name"])
+def test_a_hub_that_does_not_answer_is_said_in_one_line(assets, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = launch("train_ncp_dpo.py", arguments(assets, tmp_path / "out", f"--{key}", "someone/something"))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "someone/something" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
     run_here("dpo", arguments(assets, tmp_path / "out"), monkeypatch)
     checkpoint = tmp_path / "out" / "checkpoint-2"
@@ -371,7 +424,7 @@ def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
 
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     argv = arguments(assets, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         run_here("dpo", argv, monkeypatch)
     assert not (tmp_path / "pwned").exists()
 

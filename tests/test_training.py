@@ -14,7 +14,8 @@ from ncp.config import UserError, parse
 
 def config(*extra: str):
     return parse(
-        train_ncp_dpo.Config, ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", *extra]
+        train_ncp_dpo.Config,
+        ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", *extra],
     )
 
 

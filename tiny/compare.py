@@ -71,7 +71,10 @@ def main() -> None:
         writer.writerow(["prompt", *(f"{name}_{q}" for name in scores for q in oracle.QUESTIONS)])
         for i, prompt in enumerate(held_out):
             writer.writerow([prompt, *(f"{scores[n][q][i]:.4f}" for n in scores for q in oracle.QUESTIONS)])
-    lines = [f"{len(held_out)} held-out prompts, one image each, same seeds, guidance {args.guidance:g}, {args.steps} DDIM steps", ""]
+    lines = [
+        f"{len(held_out)} held-out prompts, same seeds, guidance {args.guidance:g}, {args.steps} DDIM steps",
+        "",
+    ]
     lines.append(f"{'question':<10} {'base':>6} {'tuned':>6}   win-rate of tuned [95% interval]")
     for question in oracle.QUESTIONS:
         base, tuned = scores["base"][question], scores["tuned"][question]

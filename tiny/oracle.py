@@ -42,7 +42,9 @@ def measure(x: np.ndarray) -> dict:
     offset (pixels from the centre), object_std and background_std (luminance). Without a visible
     object: area 0, shape_fit all 0, colour nan.
     """
-    border = np.concatenate([x[:3].reshape(-1, 3), x[-3:].reshape(-1, 3), x[3:-3, :3].reshape(-1, 3), x[3:-3, -3:].reshape(-1, 3)])
+    border = np.concatenate(
+        [x[:3].reshape(-1, 3), x[-3:].reshape(-1, 3), x[3:-3, :3].reshape(-1, 3), x[3:-3, -3:].reshape(-1, 3)]
+    )
     background = np.median(border, axis=0)
     distance = np.linalg.norm(x - background, axis=-1)
     threshold = max(0.2, 0.5 * np.percentile(distance, 98))
@@ -103,7 +105,11 @@ def _unit_moments(shape: str) -> tuple[float, float, float]:
     """(area, centroid x, centroid y) of a shape of unit radius."""
     m = mask(shape, 200, 200, 100, side=400)
     ys, xs = np.mgrid[0:400, 0:400] + 0.5
-    return float(m.sum() / 1e4), float((m * xs).sum() / m.sum() - 200) / 100, float((m * ys).sum() / m.sum() - 200) / 100
+    return (
+        float(m.sum() / 1e4),
+        float((m * xs).sum() / m.sum() - 200) / 100,
+        float((m * ys).sum() / m.sum() - 200) / 100,
+    )
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
