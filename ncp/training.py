@@ -47,7 +47,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = True
     tracker = None if config.report_to == "none" else config.report_to
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=tracker,
@@ -55,6 +55,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"report_to is '{config.report_to}': {str(error).splitlines()[0]}") from None
+    if tracker and not accelerator.log_with:  # accelerate drops a tracker that is not installed without a word
+        raise UserError(f"report_to is '{tracker}', which is not installed (pip install {tracker})")
+    return accelerator
 
 
 def effective_batch(config: TrainingConfig, num_processes: int) -> int:

@@ -338,6 +338,7 @@ BAD = {
     "block": (lambda a, t: ["--encoder_blocks", "7"], "encoder block '7'"),
     "fp16 without a GPU": (lambda a, t: ["--mixed_precision", "fp16"], "needs a GPU"),
     "tracker": (lambda a, t: ["--report_to", "notebook"], "report_to is 'notebook'"),
+    "tracker that is not installed": (lambda a, t: ["--report_to", "swanlab"], "which is not installed"),
     "sample prediction": (
         lambda a, t: altered(a, t, SCHEDULER, '"prediction_type": "epsilon"', '"prediction_type": "sample"'),
         "prediction_type 'sample'; expected one of: epsilon, v_prediction",

@@ -1,10 +1,11 @@
 """Builds the embedded default: a trained tiny Stable Diffusion and a preference dataset drawn from it.
 
-Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Three stages,
+Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Four stages,
 each deterministic on one machine with one number of threads:
 
     python -m tiny.build vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
-    python -m tiny.build unet           text encoder and U-Net, trained together on latents
+    python -m tiny.build unet-1         text encoder and U-Net, trained together on latents: colours
+    python -m tiny.build unet-2         the same, continued: shapes
     python -m tiny.build preferences    on-policy samples, judged by simulated annotators
 
 The base model is meant to leave room to improve: a twentieth of its captions carry one wrong word, and
@@ -19,6 +20,7 @@ import argparse
 import hashlib
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -117,15 +119,10 @@ def make_tokenizer():
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
+def new_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    tokenizer = make_tokenizer()
-    text_encoder = CLIPTextModel(
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -139,7 +136,12 @@ def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 6
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet = UNet2DConditionModel(
+
+
+def new_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
@@ -151,13 +153,36 @@ def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 6
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
+    """Two phases, each with its own optimizer; the second starts from the average that the first saved.
+
+    1: errors of the noise weighted as errors of v, which settles early what is decided at high noise: colours.
+       Stopped at step 1600 of a schedule of 1800.
+    2: min-SNR weights, which for Stable Diffusion's betas are nearly uniform from t = 200 on: shapes, textures.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    tokenizer = make_tokenizer()
+    if phase == 1:
+        text_encoder, unet = new_text_encoder(tokenizer), new_unet()
+        planned, steps = 1800, 1600
+    else:
+        text_encoder = CLIPTextModel.from_pretrained(work / "model-phase-1" / "text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(work / "model-phase-1" / "unet")
+        planned = steps = 1000
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    pixels, scenes = scenes_and_pixels(images, SEED + 1)
+    pixels, scenes = scenes_and_pixels(images, SEED + phase)
     mean, std = encode_all(vae, pixels)
     mean, std = mean * vae.config.scaling_factor, std * vae.config.scaling_factor
-    rng = np.random.default_rng(SEED + 2)
+    rng = np.random.default_rng(SEED + 1 + phase)
     prompts = []
     for scene in scenes:
         said = world.with_wrong_word(scene, rng) if rng.random() < 0.05 else scene
@@ -169,9 +194,12 @@ def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 6
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
     ema = EMAModel(both.parameters(), decay=0.997)
     optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=planned, pct_start=0.05)
     generator = torch.Generator().manual_seed(SEED)
-    log = Log("unet", steps)
+    abar = scheduler.alphas_cumprod
+    snr = abar / (1 - abar)
+    weights = (1 / abar).clamp_max(60) if phase == 1 else (5 / snr).clamp_max(1)
+    log = Log(f"unet-{phase}", steps)
     for _ in range(steps):
         i = torch.randint(images, (batch_size,), generator=generator)
         x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
@@ -180,9 +208,7 @@ def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 6
         with torch.autocast("cpu", dtype=torch.bfloat16):
             c = text_encoder(ids[i])[0]
             prediction = unet(scheduler.add_noise(x0, eps, t), t, c).sample
-        # Errors of the noise count as errors of v: what the words decide is decided at high noise, where eps says less.
-        weight = (1 / scheduler.alphas_cumprod[t]).clamp_max(60).view(-1, 1, 1, 1)
-        loss = (weight * (prediction.float() - eps) ** 2).mean()
+        loss = (weights[t].view(-1, 1, 1, 1) * (prediction.float() - eps) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -199,11 +225,12 @@ def train_unet(work: Path, steps: int, images: int = 30_000, batch_size: int = 6
             both.eval()
             # Half precision halves the files. transformers, unlike diffusers, would load in it too: text stays float32.
             pipe.to(torch.float16).text_encoder.float()
-            pipe.save_pretrained(work / f"model-{log.step}")
+            pipe.save_pretrained(work / f"model-phase-{phase}")
             pipe.to(torch.float32)
             both.train()
             ema.restore(both.parameters())
-    (work / f"model-{steps}").rename(MODEL)
+    if phase == 2:
+        shutil.copytree(work / "model-phase-2", MODEL, dirs_exist_ok=True)
 
 
 def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene]]:
@@ -219,7 +246,7 @@ def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene
 
 
 def make_preferences(
-    train_prompts: int = 800, images_per_prompt: int = 4, tie_strength: float = 0.3, kappa: float = 9.0
+    train_prompts: int = 640, images_per_prompt: int = 4, tie_strength: float = 0.3, kappa: float = 9.0
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -229,7 +256,8 @@ def make_preferences(
     prompts = {}
     for split, scenes in (("train", train), ("validation", validation)):
         every = [s.prompt(t) for s in scenes for t in range(len(world.TEMPLATES))]
-        prompts[split] = [every[i] for i in rng.permutation(len(every))][: train_prompts if split == "train" else None]
+        count = train_prompts if split == "train" else len(scenes)
+        prompts[split] = [every[i] for i in rng.permutation(len(every))[:count]]
     DATA.mkdir(exist_ok=True)
     clock = np.datetime64("2024-01-01T00:00:00", "ns")
     ranking_id = 0
@@ -320,7 +348,7 @@ def judge(advantage: float, tie_strength: float, rng: np.random.Generator) -> fl
 
 
 @torch.no_grad()
-def sample(prompts: list[str], seeds: list[int], guidance: float, steps: int = 25, batch_size: int = 64) -> list:
+def sample(prompts: list[str], seeds: list[int], guidance: float, steps: int = 20, batch_size: int = 64) -> list:
     """PIL images from the base model, one seed per image."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -330,9 +358,10 @@ def sample(prompts: list[str], seeds: list[int], guidance: float, steps: int = 2
     images = []
     for i in tqdm(range(0, len(prompts), batch_size), desc=f"sample at guidance {guidance}"):
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]]
-        images += pipe(
-            prompts[i : i + batch_size], num_inference_steps=steps, guidance_scale=guidance, generator=generators
-        ).images
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images += pipe(
+                prompts[i : i + batch_size], num_inference_steps=steps, guidance_scale=guidance, generator=generators
+            ).images
     return images
 
 
@@ -391,16 +420,15 @@ class Log:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "unet", "preferences"])
+    parser.add_argument("stage", choices=["vae", "unet-1", "unet-2", "preferences"])
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="where intermediate models go")
     parser.add_argument("--vae_steps", type=int, default=1000)
-    parser.add_argument("--unet_steps", type=int, default=1800)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
         train_vae(args.work_dir, args.vae_steps)
-    elif args.stage == "unet":
-        train_unet(args.work_dir, args.unet_steps)
+    elif args.stage.startswith("unet"):
+        train_unet(args.work_dir, phase=int(args.stage[-1]))
     else:
         make_preferences()
 
