@@ -8,7 +8,8 @@ lower it on winners, relative to the reference, more than on losers.
     accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml [--any_key value ...]
 
 `space: latent` is plain Diffusion-DPO. Where this departs from the paper's print: the mean instead of
-the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a secant of fixed length (README).
+the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a derivative for the small difference
+of eq. 13 (`secant`, README).
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from tqdm.auto import tqdm
 from ncp import data, models, training
 from ncp.config import TrainingConfig, option, parse, run
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import lengthen
-from ncp.losses import Metrics, dpo_loss, latent_distance, perceptual_distance
+from ncp.encoder import displacement
+from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,6 @@ def ncp_dpo(
     x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (2B, C, h, w)
     c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
     t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
-    secant = partial(lengthen, secant=config.secant, step_length=config.secant_length)
 
     x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
     eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
@@ -50,14 +50,13 @@ def ncp_dpo(
     if config.space == "latent":
         loss_theta, loss_ref = latent_distance(eps_theta, eps), latent_distance(eps_ref, eps)  # eq. 3
     else:
-        t_prev, f = previous(t, config.k), partial(m.encoder, timestep=previous(t, config.k).clamp_min(0), **c)
-        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)
-        x_theta, s_theta = secant(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z), target)  # eq. 12
-        x_ref, s_ref = secant(reverse_step(m.scheduler, eps_ref, t, t_prev, x_t, z), target)
+        t_prev = previous(t, config.k)
+        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
+        f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
+        moved = partial(displacement, f, target=target, secant=config.secant, step_length=config.secant_length)
+        loss_theta = mean_square(moved(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z)))  # eq. 12, 13
         with torch.no_grad():
-            f_target, f_ref = f(target), f(x_ref)
-        loss_theta = perceptual_distance(f(x_theta), f_target) / s_theta**2  # eq. 13
-        loss_ref = perceptual_distance(f_ref, f_target) / s_ref**2
+            loss_ref = mean_square(moved(reverse_step(m.scheduler, eps_ref, t, t_prev, x_t, z)))
 
     return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
 

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ncp import data, models, training
 from ncp.config import TrainingConfig, parse, run
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import lengthen
-from ncp.losses import Metrics, latent_distance, perceptual_distance, sft_loss
+from ncp.encoder import displacement
+from ncp.losses import Metrics, latent_distance, mean_square, sft_loss
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,6 @@ def ncp_sft(
     x0 = models.encode_images(m.pipe.vae, batch["pixels"], batch["posterior"])  # (B, C, h, w)
     c = models.encode_prompts(m.pipe, batch["prompt"], batch["time_ids"])
     t, eps, z = batch["timestep"], batch["eps"], batch["z"]
-    secant = partial(lengthen, secant=config.secant, step_length=config.secant_length)
 
     x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
     eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
@@ -42,12 +41,11 @@ def ncp_sft(
     if config.space == "latent":
         loss_theta = latent_distance(eps_theta, eps)  # eq. 3
     else:
-        t_prev, f = previous(t, config.k), partial(m.encoder, timestep=previous(t, config.k).clamp_min(0), **c)
-        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)
-        x_theta, s_theta = secant(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z), target)  # eq. 12
-        with torch.no_grad():
-            f_target = f(target)
-        loss_theta = perceptual_distance(f(x_theta), f_target) / s_theta**2  # eq. 13
+        t_prev = previous(t, config.k)
+        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
+        f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
+        moved = partial(displacement, f, target=target, secant=config.secant, step_length=config.secant_length)
+        loss_theta = mean_square(moved(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z)))  # eq. 12, 13
 
     return sft_loss(loss_theta)
 

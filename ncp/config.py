@@ -162,10 +162,9 @@ class TrainingConfig:
     )
     timestep_offset: str = option("1", doc="k of t' = t - k, or x0 to compare predictions of the clean sample")
     secant: str = option(
-        "auto",
-        doc="auto: fixed step length, right in half precision; a number s: that secant, 1 being eq. 13 as printed",
+        "auto", doc="auto: a derivative, right in half precision; a number s: that secant, 1 being eq. 13 as printed"
     )
-    secant_length: float = option(0.035, above=0, doc="step length of secant auto, in latent standard deviations")
+    secant_length: float = option(0.025, above=0, doc="step length of secant auto, in latent standard deviations")
     # optimisation
     output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")
     seed: int = option(0, low=0, doc="everything random is a function of seed, step and sample")

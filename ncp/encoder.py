@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -101,22 +101,49 @@ def normalize_block(block: int | str, count: int) -> int | str:
     raise ValueError(f"encoder block {block!r}: expected 'last', 'mid' or an index from 0 to {count - 1}")
 
 
-def lengthen(
-    x: torch.Tensor, target: torch.Tensor, secant: float | str = "auto", step_length: float = 0.035
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves x (B, C, H, W) away from target by a secant s: (target + s (x - target), s (B,)), no gradient in s.
+def displacement(
+    f: Callable[[torch.Tensor], Features],
+    x: torch.Tensor,
+    target: torch.Tensor,
+    secant: float | str = "auto",
+    step_length: float = 0.025,
+) -> Features:
+    """f(x) - f(target), float32, for x (B, C, H, W) a small step d = x - target away; gradient to x, none to target.
 
-    One DDPM step with the predicted and with the true noise differ by 0.4% to 2% of a standard deviation, at or
-    below the rounding of half precision. || f(target + s (x - target)) - f(target) ||^2 / s^2 is the same
-    distance to first order for any s. "auto" takes s = max(1, step_length / rms(x - target)), which lifts the
-    difference out of the rounding and keeps it short of where f curves; secant 1 is eq. 13 exactly.
+    One DDPM step with the predicted and with the true noise differ by 0.4% to 2% of the noise error, at or below the
+    rounding of half precision, so the plain difference is mostly rounding. "auto" takes the derivative of f along d:
+
+        value      (f(target + s d) - f(target - s d)) / 2s,   s = step_length / rms(d) per sample
+        gradient   of f at the target itself, where no difference is taken
+
+    The step is long enough for half precision, and even orders of f's curvature cancel. Where d is that long already
+    (large timestep offsets, x0) it is the plain difference, eq. 13. A number s is the one-sided secant
+    (f(target + s d) - f(target)) / s; secant 1 is eq. 13 as printed. Several blocks give several differences.
     """
-    difference = x - target
-    if secant == "auto":
-        rms = difference.detach().square().mean(dim=(1, 2, 3)).sqrt()
-        s = (step_length / rms.clamp_min(1e-12)).clamp_min(1)
-    else:
-        s = difference.new_full((len(x),), float(secant))
-        if float(secant) == 1:
-            return x, s
-    return target + s.view(-1, 1, 1, 1) * difference, s
+    d = x - target
+    if secant != "auto":
+        s = float(secant)
+        with torch.no_grad():
+            origin = f(target)
+        return _each(lambda p, q: (p.float() - q.float()) / s, f(target + s * d if s != 1 else x), origin)
+
+    with torch.no_grad():
+        s = (step_length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
+        short = (s > 1).float()
+        ahead, behind = f(target + s * d), f(target - short * s * d)
+        value = _each(lambda p, q: _over(p.float() - q.float(), s * (1 + short)), ahead, behind)
+    if not d.requires_grad:
+        return value
+    here = f(target + (1 - short) * d.detach() + (d - d.detach()))
+    return _each(lambda v, h: v + (h.float() - h.detach().float()), value, here)
+
+
+def _each(operation: Callable[..., torch.Tensor], *features: Features) -> Features:
+    if isinstance(features[0], torch.Tensor):
+        return operation(*features)
+    return tuple(operation(*block) for block in zip(*features, strict=True))
+
+
+def _over(features: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Features (B, ...) over one number per sample."""
+    return features / divisor.view(-1, *[1] * (features.ndim - 1))

@@ -23,8 +23,13 @@ def perceptual_distance(pred_features: Features, target_features: Features) -> t
     """
     if isinstance(pred_features, torch.Tensor):
         pred_features, target_features = (pred_features,), (target_features,)
-    pairs = zip(pred_features, target_features, strict=True)
-    return torch.stack([(p.float() - q.float()).square().flatten(1).mean(1) for p, q in pairs]).mean(0)
+    return mean_square(tuple(p.float() - q.float() for p, q in zip(pred_features, target_features, strict=True)))
+
+
+def mean_square(difference: Features) -> torch.Tensor:
+    """The mean square of one (B, ...) tensor, or the mean of several's, (B,)."""
+    blocks = (difference,) if isinstance(difference, torch.Tensor) else difference
+    return torch.stack([block.square().flatten(1).mean(1) for block in blocks]).mean(0)
 
 
 def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

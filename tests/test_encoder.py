@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from pipelines import unet
 
-from ncp.encoder import DownBlockEncoder, frozen_twin, lengthen
+from ncp.encoder import DownBlockEncoder, displacement, frozen_twin
 
 BLOCKS = [("last",), (0,), ("1",), ("mid",), (0, 1, 2), ("mid", 0), ("last", "mid")]
 
@@ -97,32 +97,66 @@ def test_half_precision_weights_take_float32_input():
     assert feature.dtype == torch.bfloat16 and feature.isfinite().all()
 
 
-class TestLengthen:
-    target = torch.zeros(3, 4, 8, 8)
-    # Root mean squares 0.01, 0.1 and 0.
-    x = torch.stack([torch.full((4, 8, 8), v) for v in (0.01, 0.1, 0.0)])
+class TestDisplacement:
+    target = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    d = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.01
+    matrix = torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
 
-    def test_auto_reaches_the_step_length_and_never_shortens(self):
-        far, s = lengthen(self.x, self.target, "auto", 0.05)
-        assert s.tolist()[:2] == pytest.approx([5, 1])  # 0.05 / 0.01; max(1, 0.05 / 0.1)
-        assert far[:, 0, 0, 0].tolist() == pytest.approx([0.05, 0.1, 0])
-        assert far.isfinite().all() and s.isfinite().all()  # also where the prediction is exact
+    def linear(self, x):
+        return x.flatten(1) @ self.matrix.T
 
-    def test_secant_one_is_the_point_itself(self):
-        far, s = lengthen(self.x, self.target, "1")
-        assert far is self.x and s.tolist() == [1, 1, 1]
+    def curved(self, x):  # derivative along d: A d + x * d; even orders are what a one-sided secant keeps
+        return self.linear(x) + 0.5 * x.flatten(1)[:, :5] ** 2
 
-    def test_any_secant_leaves_a_linear_features_distance_and_gradient_alone(self):
-        # || A (target + s d) - A target ||^2 / s^2 = || A d ||^2 whatever s is.
-        matrix = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
-        gradients = []
-        for secant in ("1", "16", "auto"):
-            x = (torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.01).requires_grad_()
-            far, s = lengthen(x, self.target, secant)
-            assert not s.requires_grad
-            loss = ((far.flatten(1) @ matrix.T).square().mean(1) / s**2).sum()
-            loss.backward()
-            gradients.append((loss.detach(), x.grad))
-        for loss, gradient in gradients[1:]:
-            torch.testing.assert_close(loss, gradients[0][0])
-            torch.testing.assert_close(gradient, gradients[0][1])
+    def at(self, f, secant, **options):
+        x = (self.target + self.d).requires_grad_()
+        moved = displacement(f, x, self.target, secant, **options)
+        (gradient,) = torch.autograd.grad(moved.square().sum(), x)
+        return moved.detach(), gradient
+
+    def test_secant_one_is_the_difference_itself(self):
+        x = (self.target + self.d).requires_grad_()
+        expected = self.curved(x) - self.curved(self.target)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        moved, got = self.at(self.curved, "1")
+        assert torch.equal(moved, expected) and torch.equal(got, gradient)
+
+    @pytest.mark.parametrize("secant", ["1", "16", "auto"])
+    def test_any_secant_is_exact_for_linear_features(self, secant):
+        moved, gradient = self.at(self.linear, secant)
+        expected = self.linear(self.d)
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(gradient.flatten(1), 2 * expected @ self.matrix, rtol=1e-3, atol=1e-3)
+
+    def test_auto_cancels_the_curvature_that_a_long_secant_keeps(self):
+        # f(T + s d) - f(T) = s (A + T) d + s^2 d^2 / 2: one-sided, an error of s d^2 / 2; central, none.
+        derivative = self.linear(self.d) + (self.target * self.d).flatten(1)[:, :5]
+        torch.testing.assert_close(self.at(self.curved, "auto", step_length=1.0)[0], derivative, rtol=1e-3, atol=1e-4)
+        one_sided = self.at(self.curved, "100")[0] - derivative
+        torch.testing.assert_close(one_sided, 50 * self.d.flatten(1)[:, :5] ** 2, rtol=0.05, atol=1e-3)
+
+    def test_auto_steps_by_the_step_length_and_never_shortens(self):
+        seen = []
+
+        def watch(x):
+            seen.append((x - self.target).square().mean((1, 2, 3)).sqrt())
+            return self.linear(x)
+
+        scale = torch.tensor([0.01, 0.2, 0.0]).view(-1, 1, 1, 1)
+        unit = self.d / self.d.square().mean((1, 2, 3), keepdim=True).sqrt()
+        moved = displacement(watch, self.target + scale * unit, self.target, "auto", 0.05)
+        assert seen[0].tolist() == pytest.approx([0.05, 0.2, 0], abs=1e-5)
+        assert seen[1].tolist() == pytest.approx([0.05, 0, 0], abs=1e-5)  # a long step needs no mirror image
+        assert len(seen) == 2  # without a gradient the target itself is not embedded
+        assert moved.isfinite().all() and moved[2].abs().max() == 0  # also where the prediction is exact
+
+    def test_auto_is_equation_13_where_the_step_is_long_enough(self):
+        moved, gradient = self.at(self.curved, "auto", step_length=1e-4)
+        expected, expected_gradient = self.at(self.curved, "1")
+        torch.testing.assert_close(moved, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+
+    def test_several_blocks_give_several_differences(self):
+        both = displacement(lambda x: (self.linear(x), self.curved(x)), self.target + self.d, self.target)
+        assert [b.shape for b in both] == [(3, 5), (3, 5)]
+        torch.testing.assert_close(both[0], self.linear(self.d), rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ncp.losses import cpo_loss, dpo_loss, latent_distance, perceptual_distance, sft_loss
+from ncp.losses import cpo_loss, dpo_loss, latent_distance, mean_square, perceptual_distance, sft_loss
 
 
 def tensors(*values: float) -> list[torch.Tensor]:
@@ -93,6 +93,7 @@ def test_perceptual_distance_is_the_mean_per_sample_and_block():
     # A second block of another size counts as much: (3 + 0.5) / 2; (0 + 8) / 2.
     r, s = torch.tensor([[1.0, 0.0], [4.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
     assert perceptual_distance((p, r), (q, s)).tolist() == [1.75, 4]
+    assert mean_square((p - q, r - s)).tolist() == [1.75, 4]
 
 
 def test_distances_are_taken_in_float32():

@@ -1,11 +1,12 @@
 """Builds the embedded default: a trained tiny Stable Diffusion and a preference dataset drawn from it.
 
-Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Four stages,
+Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Five stages,
 each deterministic on one machine with one number of threads:
 
     python -m tiny.build vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
     python -m tiny.build unet-1         text encoder and U-Net, trained together on latents: colours
-    python -m tiny.build unet-2         the same, continued: shapes
+    python -m tiny.build unet-2         the same, continued, and
+    python -m tiny.build unet-3         once more: shapes
     python -m tiny.build preferences    on-policy samples, judged by simulated annotators
 
 The base model is meant to leave room to improve: a twentieth of its captions carry one wrong word, and
@@ -22,10 +23,12 @@ import io
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from tiny import oracle, world
@@ -33,6 +36,8 @@ from tiny import oracle, world
 HERE = Path(__file__).parent
 MODEL, DATA = HERE / "model", HERE / "data"
 SEED = 0
+KAPPA = 9.0  # logits per unit of score: how surely the better image wins
+TIE_STRENGTH = 0.3
 MAX_TOKENS = 16
 
 
@@ -156,11 +161,11 @@ def new_unet():
 
 
 def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
-    """Two phases, each with its own optimizer; the second starts from the average that the first saved.
+    """Three phases, each with its own optimizer and one-cycle schedule, from the average that the one before saved.
 
     1: errors of the noise weighted as errors of v, which settles early what is decided at high noise: colours.
-       Stopped at step 1600 of a schedule of 1800.
-    2: min-SNR weights, which for Stable Diffusion's betas are nearly uniform from t = 200 on: shapes, textures.
+    2, 3: min-SNR weights, which for Stable Diffusion's betas are uniform from t = 150 on: shapes, textures.
+    Phases 1 and 2 stop before the end of their schedules.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
@@ -169,13 +174,13 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     tokenizer = make_tokenizer()
+    planned, steps = {1: (1800, 1600), 2: (1000, 400), 3: (1350, 1350)}[phase]
     if phase == 1:
         text_encoder, unet = new_text_encoder(tokenizer), new_unet()
-        planned, steps = 1800, 1600
     else:
-        text_encoder = CLIPTextModel.from_pretrained(work / "model-phase-1" / "text_encoder")
-        unet = UNet2DConditionModel.from_pretrained(work / "model-phase-1" / "unet")
-        planned = steps = 1000
+        before = work / f"model-phase-{phase - 1}"
+        text_encoder = CLIPTextModel.from_pretrained(before / "text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(before / "unet")
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
@@ -229,8 +234,8 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
             pipe.to(torch.float32)
             both.train()
             ema.restore(both.parameters())
-    if phase == 2:
-        shutil.copytree(work / "model-phase-2", MODEL, dirs_exist_ok=True)
+    if phase == 3:
+        shutil.copytree(work / "model-phase-3", MODEL, dirs_exist_ok=True)
 
 
 def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene]]:
@@ -245,81 +250,26 @@ def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene
 # ------------------------------------------------------------------ preferences
 
 
-def make_preferences(
-    train_prompts: int = 640, images_per_prompt: int = 4, tie_strength: float = 0.3, kappa: float = 9.0
-) -> None:
+MODELS = {"tiny-sd-guidance-2": 2.0, "tiny-sd-guidance-5": 5.0}  # Pick-a-Pic mixes models; two guidance scales do here
+
+
+def make_preferences(train_prompts: int = 480, images_per_prompt: int = 4) -> None:
+    """Writes `tiny/data`: a train split in two shards, and a validation split of other scenes, one game per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    train, validation = world.split_scenes()
     rng = np.random.default_rng(SEED + 3)
-    prompts = {}
-    for split, scenes in (("train", train), ("validation", validation)):
-        every = [s.prompt(t) for s in scenes for t in range(len(world.TEMPLATES))]
-        count = train_prompts if split == "train" else len(scenes)
-        prompts[split] = [every[i] for i in rng.permutation(len(every))[:count]]
+    clock = Clock()
     DATA.mkdir(exist_ok=True)
-    clock = np.datetime64("2024-01-01T00:00:00", "ns")
-    ranking_id = 0
-    for split, chosen in prompts.items():
-        per_prompt = images_per_prompt if split == "train" else 2
-        wanted = [(p, k) for p in chosen for k in range(per_prompt)]
-        # Pick-a-Pic mixes models; here two guidance scales stand for two models.
-        models = [("tiny-sd-guidance-2", 2.0), ("tiny-sd-guidance-5", 5.0)]
-        which = [k % 2 for _, k in wanted]
-        images: list = [None] * len(wanted)
-        for m, (_, guidance) in enumerate(models):
-            mine = [i for i, w in enumerate(which) if w == m]
-            drawn = sample(
-                [wanted[i][0] for i in mine], [SEED * 10**6 + (split == "train") * 10**5 + i for i in mine], guidance
-            )
-            for i, image in zip(mine, drawn, strict=True):
-                images[i] = image
-        jpegs = [to_jpeg(image) for image in images]
-        # Annotators see the JPEG, as people did.
-        from PIL import Image
-
-        scores = oracle.score([Image.open(io.BytesIO(j)) for j in jpegs], [p for p, _ in wanted])
-        rows = []
-        for p, prompt in enumerate(chosen):
-            mine = range(p * per_prompt, (p + 1) * per_prompt)
-            games = int(rng.integers(3, 8)) if split == "train" else 1
-            for _ in range(games):
-                a, b = rng.choice(mine, 2, replace=False)
-                user = int(rng.integers(60))
-                taste = 0.5 + 0.2 * np.random.default_rng(1000 + user).uniform(-1, 1)
-                value = [taste * scores["alignment"][i] + (1 - taste) * scores["appeal"][i] for i in (a, b)]
-                outcome = judge(kappa * (value[0] - value[1]), tie_strength, rng)
-                labeled = rng.random() >= 0.01
-                uid = [hashlib.sha256(jpegs[i]).hexdigest()[:32] for i in (a, b)]
-                clock += np.timedelta64(int(rng.integers(1, 90)), "s")
-                ranking_id += 1
-                rows.append(
-                    {
-                        "are_different": uid[0] != uid[1],
-                        "best_image_uid": {1.0: uid[0], 0.0: uid[1], 0.5: ""}[outcome] if labeled else "",
-                        "caption": prompt,
-                        "created_at": clock,
-                        "has_label": bool(labeled),
-                        "image_0_uid": uid[0],
-                        "image_0_url": f"https://example.invalid/{uid[0]}.jpg",
-                        "image_1_uid": uid[1],
-                        "image_1_url": f"https://example.invalid/{uid[1]}.jpg",
-                        "jpg_0": jpegs[a],
-                        "jpg_1": jpegs[b],
-                        "label_0": outcome if labeled else None,
-                        "label_1": 1 - outcome if labeled else None,
-                        "model_0": models[which[a]][0],
-                        "model_1": models[which[b]][0],
-                        "ranking_id": ranking_id,
-                        "user_id": user,
-                        "num_example_per_prompt": games,
-                        "__index_level_0__": len(rows),
-                    }
-                )
+    for split, scenes in zip(("train", "validation"), world.split_scenes(), strict=True):
+        every = [s.prompt(t) for s in scenes for t in range(len(world.TEMPLATES))]
+        training = split == "train"
+        prompts = [every[i] for i in rng.permutation(len(every))[: train_prompts if training else len(scenes)]]
+        images = on_policy(prompts, images_per_prompt if training else 2, first_seed=0 if training else 10**6)
+        rows = [row for prompt in prompts for row in annotate(prompt, images[prompt], clock, rng)]
         table = pa.Table.from_pylist(rows, schema=schema())
-        shards = 2 if split == "train" else 1
-        cut = [round(i * table.num_rows / shards) for i in range(shards + 1)]
+        shards = 2 if training else 1
+        cut = [round(i * len(rows) / shards) for i in range(shards + 1)]
         for s in range(shards):
             # One dictionary page per column stores an image once, however often it was judged.
             pq.write_table(
@@ -328,15 +278,95 @@ def make_preferences(
                 compression="zstd",
                 dictionary_pagesize_limit=64 << 20,
             )
-        decisive = [r for r in rows if r["label_0"] in (0.0, 1.0)]
-        by_uid = {hashlib.sha256(j).hexdigest()[:32]: o for j, o in zip(jpegs, scores["overall"], strict=True)}
-        agree = np.mean(
-            [(by_uid[r["image_0_uid"]] > by_uid[r["image_1_uid"]]) == (r["label_0"] == 1.0) for r in decisive]
-        )
         ties = np.mean([r["label_0"] == 0.5 for r in rows if r["has_label"]])
-        print(f"{split}: {len(chosen)} prompts, {len(jpegs)} images, {len(rows)} games, {ties:.1%} ties")
-        print(f"  {agree:.1%} of decisive games agree with the oracle")
-        print("  " + ", ".join(f"{q} {v.mean():.3f}±{v.std():.3f}" for q, v in scores.items()))
+        drawn = [i for group in images.values() for i in group]
+        print(f"{split}: {len(prompts)} prompts, {len(drawn)} images, {len(rows)} games, {ties:.1%} ties")
+        for question in oracle.QUESTIONS:
+            values = np.array([i.scores[question] for i in drawn])
+            print(f"  {question} {values.mean():.3f} ± {values.std():.3f}")
+
+
+@dataclass
+class Drawn:
+    """A sampled image: its JPEG, which model drew it, and what the oracle says of the JPEG, as people saw JPEGs."""
+
+    jpeg: bytes
+    model: str
+    scores: dict[str, float]
+
+    @property
+    def uid(self) -> str:
+        return hashlib.sha256(self.jpeg).hexdigest()[:32]
+
+
+def on_policy(prompts: list[str], per_prompt: int, first_seed: int) -> dict[str, list[Drawn]]:
+    """`per_prompt` images of each prompt from the base model, the models in turn, each image from its own seed."""
+    jpegs: dict[tuple[str, int], bytes] = {}
+    for m, guidance in enumerate(MODELS.values()):
+        keys = [(p, k) for p in range(len(prompts)) for k in range(per_prompt) if k % len(MODELS) == m]
+        seeds = [first_seed + p * per_prompt + k for p, k in keys]
+        for (p, k), image in zip(keys, sample([prompts[p] for p, _ in keys], seeds, guidance), strict=True):
+            jpegs[prompts[p], k] = to_jpeg(image)
+    scores = oracle.score([Image.open(io.BytesIO(j)) for j in jpegs.values()], [prompt for prompt, _ in jpegs])
+    images: dict[str, list[Drawn]] = {prompt: [] for prompt in prompts}
+    for i, ((prompt, k), jpeg) in sorted(enumerate(jpegs.items()), key=lambda item: item[1][0][1]):
+        model = list(MODELS)[k % len(MODELS)]
+        images[prompt].append(Drawn(jpeg, model, {q: float(v[i]) for q, v in scores.items()}))
+    return images
+
+
+def annotate(prompt: str, images: list[Drawn], clock: Clock, rng: np.random.Generator) -> list[dict]:
+    """The games of one prompt, as Pick-a-Pic's page played them: the winner stays, the other image is replaced.
+
+    Then about one pair in two prompts is judged again by somebody else; 1% of the rows carry no label.
+    """
+    rows, played = [], []
+    best, rest = images[0], images[1:]
+    while rest or (len(images) > 2 and rng.random() < 0.4):
+        pair = (best, rest.pop(0)) if rest else played[int(rng.integers(len(played)))]
+        pair = pair if rng.random() < 0.5 else pair[::-1]
+        played.append(pair)
+        user = int(rng.integers(60))
+        taste = 0.5 + 0.2 * np.random.default_rng(1000 + user).uniform(-1, 1)  # weight of alignment against appeal
+        value = [taste * i.scores["alignment"] + (1 - taste) * i.scores["appeal"] for i in pair]
+        outcome = judge(KAPPA * (value[0] - value[1]), TIE_STRENGTH, rng)
+        if len(played) < len(images):
+            best = best if outcome == 0.5 else pair[0] if outcome == 1 else pair[1]
+        labeled = rng.random() >= 0.01
+        winner = {1.0: pair[0].uid, 0.0: pair[1].uid, 0.5: ""}[outcome]
+        clock.tick(rng)
+        row = {
+            "are_different": pair[0].uid != pair[1].uid,
+            "best_image_uid": winner if labeled else "",
+            "caption": prompt,
+            "created_at": clock.now,
+            "has_label": bool(labeled),
+            "label_0": outcome if labeled else None,
+            "label_1": 1 - outcome if labeled else None,
+            "ranking_id": clock.count,
+            "user_id": user,
+            "__index_level_0__": clock.count - 1,
+        }
+        for side, image in enumerate(pair):
+            row |= {
+                f"image_{side}_uid": image.uid,
+                f"image_{side}_url": f"https://example.invalid/{image.uid}.jpg",
+                f"jpg_{side}": image.jpeg,
+                f"model_{side}": image.model,
+            }
+        rows.append(row)
+    return [{**row, "num_example_per_prompt": len(rows)} for row in rows]
+
+
+class Clock:
+    """Time and number of the judgements, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self.now, self.count = np.datetime64("2024-01-01T00:00:00", "ns"), 0
+
+    def tick(self, rng: np.random.Generator) -> None:
+        self.now += np.timedelta64(int(rng.integers(1, 90)), "s")
+        self.count += 1
 
 
 def judge(advantage: float, tie_strength: float, rng: np.random.Generator) -> float:
@@ -420,7 +450,7 @@ class Log:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "unet-1", "unet-2", "preferences"])
+    parser.add_argument("stage", choices=["vae", "unet-1", "unet-2", "unet-3", "preferences"])
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="where intermediate models go")
     parser.add_argument("--vae_steps", type=int, default=1000)
     args = parser.parse_args()

@@ -3,7 +3,8 @@
     python -m tiny.precision
 
 One DDPM step moves x_t by k_t (eps_theta - eps), k_t = 0.004 to 0.02: near 1, bfloat16 is spaced 0.008 and
-float16 0.001. The plain formula is lost in that rounding; a secant of fixed length is not (`ncp.encoder.lengthen`).
+float16 0.001. The plain formula is lost in that rounding; a derivative over a longer step is not
+(`ncp.encoder.displacement`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ncp.data import decode
 from ncp.ddpm import add_noise, reverse_step
-from ncp.encoder import DownBlockEncoder, lengthen
-from ncp.losses import perceptual_distance
+from ncp.encoder import DownBlockEncoder, displacement
+from ncp.losses import mean_square
 from ncp.models import encode_images
 from tiny.build import DATA, MODEL
 
 PAIRS = 16
+SCALE = 2.0**16  # of the loss, as a gradient scaler has it: in float16 the gradient would underflow
 
 
 @cache
@@ -70,10 +72,10 @@ def loss_and_gradient(dtype: torch.dtype, secant: str, t: int) -> tuple[torch.Te
         x = target.double() - (1 - alpha) / (alpha * (1 - abar[t])).sqrt() * (eps_theta.double() - eps.double())
         losses = (f(x, step - 1, c) - f(target.double(), step - 1, c)).square().flatten(1).mean(1)
     else:
-        x, s = lengthen(reverse_step(scheduler, eps_theta, step, step - 1, x_t, z), target, secant)
-        losses = perceptual_distance(f(x, step - 1, c), f(target, step - 1, c)) / s**2
-    (gradient,) = torch.autograd.grad(losses.sum(), eps_theta)
-    return losses.detach().double(), gradient.double()
+        x = reverse_step(scheduler, eps_theta, step, step - 1, x_t, z)
+        losses = mean_square(displacement(lambda y: f(y, step - 1, c), x, target, secant))
+    (gradient,) = torch.autograd.grad(losses.sum() * SCALE, eps_theta)
+    return losses.detach().double(), gradient.double() / SCALE
 
 
 @cache
