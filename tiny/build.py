@@ -253,7 +253,7 @@ def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene
 MODELS = {"tiny-sd-guidance-2": 2.0, "tiny-sd-guidance-5": 5.0}  # Pick-a-Pic mixes models; two guidance scales do here
 
 
-def make_preferences(train_prompts: int = 480, images_per_prompt: int = 4) -> None:
+def make_preferences(train_prompts: int = 420, images_per_prompt: int = 4) -> None:
     """Writes `tiny/data`: a train split in two shards, and a validation split of other scenes, one game per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq

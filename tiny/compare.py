@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, required=True, help="folder with pytorch_lora_weights.safetensors")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=264, help="how many held-out prompts")
+    parser.add_argument("--prompts", type=int, default=176, help="how many held-out prompts")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps (DDIM)")
     parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args()
