@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from ncp import data, models, training
 from ncp.config import TrainingConfig, option, parse, run
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import displacement
+from ncp.ddpm import abar_at, add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import displacement, step_length
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
 
 
@@ -53,7 +53,8 @@ def ncp_dpo(
         t_prev = previous(t, config.k)
         target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
         f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
-        moved = partial(displacement, f, target=target, secant=config.secant, step_length=config.secant_length)
+        length = config.secant_length or step_length(m.encoder.unet.dtype, abar_at(m.scheduler, t_prev))
+        moved = partial(displacement, f, target=target, secant=config.secant, length=length)
         loss_theta = mean_square(moved(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z)))  # eq. 12, 13
         with torch.no_grad():
             loss_ref = mean_square(moved(reverse_step(m.scheduler, eps_ref, t, t_prev, x_t, z)))

@@ -164,7 +164,9 @@ class TrainingConfig:
     secant: str = option(
         "auto", doc="auto: a derivative, right in half precision; a number s: that secant, 1 being eq. 13 as printed"
     )
-    secant_length: float = option(0.025, above=0, doc="step length of secant auto, in latent standard deviations")
+    secant_length: float | None = option(
+        None, above=0, doc="step length of secant auto, in latent standard deviations; null: by precision and timestep"
+    )
     # optimisation
     output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")
     seed: int = option(0, low=0, doc="everything random is a function of seed, step and sample")

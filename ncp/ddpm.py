@@ -39,7 +39,7 @@ def to_epsilon(
     if kind == "epsilon":
         return model_output.float()
     if kind == "v_prediction":
-        abar = _abar(scheduler, timestep)
+        abar = abar_at(scheduler, timestep)
         return (abar.sqrt() * model_output + (1 - abar).sqrt() * sample).float()
     raise ValueError(f"prediction_type {kind!r} is not supported; expected one of {', '.join(PREDICTION_TYPES)}")
 
@@ -61,7 +61,7 @@ def reverse_step(
     sigma follows the scheduler's `variance_type`. Like the equation, and unlike `DDPMScheduler.step` with
     `clip_sample` on, it clips nothing. Raises ValueError for a learned variance.
     """
-    abar_t, abar_prev = _abar(scheduler, timestep), _abar(scheduler, prev_timestep)
+    abar_t, abar_prev = abar_at(scheduler, timestep), abar_at(scheduler, prev_timestep)
     alpha = abar_t / abar_prev
     kind = scheduler.config.variance_type
     if kind in ("fixed_small", "fixed_small_log"):  # one variance; the log form only computes it otherwise
@@ -76,7 +76,7 @@ def reverse_step(
     return mean + variance.sqrt().float() * variance_noise.float()
 
 
-def _abar(scheduler: DDPMScheduler, timestep: torch.Tensor) -> torch.Tensor:
+def abar_at(scheduler: DDPMScheduler, timestep: torch.Tensor) -> torch.Tensor:
     """abar at (B,) timesteps as (B, 1, 1, 1) float64; 1 at timestep -1."""
     table = scheduler.alphas_cumprod.to(timestep.device, torch.float64)
     abar = torch.where(timestep < 0, 1.0, table[timestep.clamp_min(0)])

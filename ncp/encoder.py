@@ -106,14 +106,14 @@ def displacement(
     x: torch.Tensor,
     target: torch.Tensor,
     secant: float | str = "auto",
-    step_length: float = 0.025,
+    length: float | torch.Tensor = 0.008,
 ) -> Features:
     """f(x) - f(target), float32, for x (B, C, H, W) a small step d = x - target away; gradient to x, none to target.
 
     One DDPM step with the predicted and with the true noise differ by 0.4% to 2% of the noise error, at or below the
     rounding of half precision, so the plain difference is mostly rounding. "auto" takes the derivative of f along d:
 
-        value      (f(target + s d) - f(target - s d)) / 2s,   s = step_length / rms(d) per sample
+        value      (f(target + s d) - f(target - s d)) / 2s,   s = length / rms(d) per sample
         gradient   of f at the target itself, where no difference is taken
 
     The step is long enough for half precision, and even orders of f's curvature cancel. Where d is that long already
@@ -128,7 +128,7 @@ def displacement(
         return _each(lambda p, q: (p.float() - q.float()) / s, f(target + s * d if s != 1 else x), origin)
 
     with torch.no_grad():
-        s = (step_length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
+        s = (length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
         short = (s > 1).float()
         ahead, behind = f(target + s * d), f(target - short * s * d)
         value = _each(lambda p, q: _over(p.float() - q.float(), s * (1 + short)), ahead, behind)
@@ -136,6 +136,17 @@ def displacement(
         return value
     here = f(target + (1 - short) * d.detach() + (d - d.detach()))
     return _each(lambda v, h: v + (h.float() - h.detach().float()), value, here)
+
+
+def step_length(dtype: torch.dtype, abar: torch.Tensor) -> torch.Tensor:
+    """The `length` of `displacement` that suits an encoder in `dtype` at noise levels abar (B, 1, 1, 1), same shape.
+
+    Long enough for the rounding, short enough for f's curvature, which is stronger at high noise. Fitted on the
+    embedded pipeline (tiny/precision.py), where any of 0.006 to 0.01 will do in float16.
+    """
+    if dtype == torch.bfloat16:
+        return (0.013 + 0.012 * abar.sqrt()).float()
+    return torch.full_like(abar, 0.008, dtype=torch.float32)
 
 
 def _each(operation: Callable[..., torch.Tensor], *features: Features) -> Features:

@@ -211,7 +211,7 @@ def describe_loss(config: TrainingConfig) -> str:
     if config.space == "latent":
         text = "squared error of the noise (latent baseline)"
     else:
-        secant = f"derivative over {config.secant_length}" if config.secant == "auto" else f"secant {config.secant}"
+        secant = "secant auto (derivative)" if config.secant == "auto" else f"secant {config.secant}"
         offset = "x0" if config.timestep_offset == "x0" else f"t-{config.timestep_offset}"
         text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {secant}"
     if (beta := getattr(config, "beta", None)) is not None:

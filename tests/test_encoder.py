@@ -131,7 +131,7 @@ class TestDisplacement:
     def test_auto_cancels_the_curvature_that_a_long_secant_keeps(self):
         # f(T + s d) - f(T) = s (A + T) d + s^2 d^2 / 2: one-sided, an error of s d^2 / 2; central, none.
         derivative = self.linear(self.d) + (self.target * self.d).flatten(1)[:, :5]
-        torch.testing.assert_close(self.at(self.curved, "auto", step_length=1.0)[0], derivative, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(self.at(self.curved, "auto", length=1.0)[0], derivative, rtol=1e-3, atol=1e-4)
         one_sided = self.at(self.curved, "100")[0] - derivative
         torch.testing.assert_close(one_sided, 50 * self.d.flatten(1)[:, :5] ** 2, rtol=0.05, atol=1e-3)
 
@@ -151,7 +151,7 @@ class TestDisplacement:
         assert moved.isfinite().all() and moved[2].abs().max() == 0  # also where the prediction is exact
 
     def test_auto_is_equation_13_where_the_step_is_long_enough(self):
-        moved, gradient = self.at(self.curved, "auto", step_length=1e-4)
+        moved, gradient = self.at(self.curved, "auto", length=1e-4)
         expected, expected_gradient = self.at(self.curved, "1")
         torch.testing.assert_close(moved, expected)
         torch.testing.assert_close(gradient, expected_gradient)

@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ncp.data import decode
-from ncp.ddpm import add_noise, reverse_step
-from ncp.encoder import DownBlockEncoder, displacement
+from ncp.ddpm import abar_at, add_noise, reverse_step
+from ncp.encoder import DownBlockEncoder, displacement, step_length
 from ncp.losses import mean_square
 from ncp.models import encode_images
 from tiny.build import DATA, MODEL
@@ -73,7 +73,8 @@ def loss_and_gradient(dtype: torch.dtype, secant: str, t: int) -> tuple[torch.Te
         losses = (f(x, step - 1, c) - f(target.double(), step - 1, c)).square().flatten(1).mean(1)
     else:
         x = reverse_step(scheduler, eps_theta, step, step - 1, x_t, z)
-        losses = mean_square(displacement(lambda y: f(y, step - 1, c), x, target, secant))
+        length = step_length(dtype, abar_at(scheduler, step - 1))
+        losses = mean_square(displacement(lambda y: f(y, step - 1, c), x, target, secant, length))
     (gradient,) = torch.autograd.grad(losses.sum() * SCALE, eps_theta)
     return losses.detach().double(), gradient.double() / SCALE
 
