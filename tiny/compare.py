@@ -52,9 +52,12 @@ def main() -> None:
     if not (args.lora / "pytorch_lora_weights.safetensors").is_file():
         parser.error(f"--lora: no pytorch_lora_weights.safetensors in {args.lora}")
 
+    import diffusers
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from ncp.training import grid
+
+    diffusers.utils.logging.disable_progress_bar()
 
     held_out = [s.prompt(t) for t in range(len(world.TEMPLATES)) for s in world.split_scenes()[1]][: args.prompts]
     pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, requires_safety_checker=False)
