@@ -7,7 +7,7 @@ frozen encoder is the only copy of the old model.
     accelerate launch train_ncp_cpo.py --config configs/sd15_ncp_cpo.yaml [--any_key value ...]
 
 `space: latent` is Diffusion-CPO. The paper gives no lambda: near the centre of the sigmoid the first
-term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing.
+term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (README).
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
     beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
-    lam: float = option(2500.0, low=0, doc="lambda, the weight of the winner's own loss")
+    lam: float = option(2500.0, low=0, doc="lambda, the weight of the winner's own loss; about beta")
 
 
 def ncp_cpo(
