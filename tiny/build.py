@@ -236,6 +236,9 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
             ema.restore(both.parameters())
     if phase == 3:
         shutil.copytree(work / "model-phase-3", MODEL, dirs_exist_ok=True)
+        for config in MODEL.glob("*/config.json"):  # where the parts lay while they were made is nobody's business
+            lines = config.read_text().splitlines(keepends=True)
+            config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
 
 
 def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene]]:
