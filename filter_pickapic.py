@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import ncp
 from ncp.config import UserError, option, parse, run
-from ncp.files import files_of_split, local_files
+from ncp.files import files_of_split, local_files, sha256
 
 RULES = ("no_ties", "contradiction_free", "absolute_winners", "x_y", "x_y_xz", "x_y_yz")
 IMAGES = ("jpg_0", "jpg_1")
@@ -713,14 +713,6 @@ def is_finished(folder: Path, dataset_name: str, wanted: dict[str, Any]) -> bool
     if any(folder.iterdir()):
         raise UserError(f"output_dir: {folder} holds something else; choose a new or empty folder")
     return False
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def summary(wanted: dict[str, Any]) -> str:

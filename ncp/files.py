@@ -1,7 +1,8 @@
-"""Which parquet files make up a split: one rule for the filter and the training scripts."""
+"""Files, as the filter and the training scripts agree on them: which make up a split, and what is in one."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,3 +47,12 @@ def local_files(dataset_name: str, split: str) -> dict[str, Path] | None:
     if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset_name):
         raise UserError(f"dataset_name: no such file or folder: {dataset_name}")
     return None
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal digest of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

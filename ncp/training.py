@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 import ncp
 from ncp.config import TrainingConfig, UserError, save
 from ncp.data import Pairs
+from ncp.files import sha256
 from ncp.models import Models, draw
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -273,7 +273,7 @@ def save_checkpoint(
         "ema": ema.state_dict() if ema is not None else None,
     }
     torch.save(state, temporary / "optimizer.pt")
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(temporary.iterdir())}
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(
         json.dumps({"step": step, "version": ncp.__version__, "files": files}, indent=1)
     )
@@ -312,7 +312,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
             file = checkpoint / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                 return f"{name} is damaged"
         return None if isinstance(manifest["step"], int) else "manifest.json is damaged"
     except FileNotFoundError:
@@ -328,14 +328,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def _step_of(checkpoint: Path) -> int:
     digits = checkpoint.name.rpartition("-")[2]
     return int(digits) if digits.isdigit() else -1
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- figures

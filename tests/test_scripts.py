@@ -157,6 +157,15 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
     assert "validation" in events.Tags()["images"]
 
 
+def test_another_vae_is_used(assets, tmp_path, monkeypatch):
+    shutil.copytree(assets / "sd" / "vae", tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
+    extra = ["--pretrained_vae_model_name_or_path", str(tmp_path / "vae")]
+    m = run_here("sft", arguments(assets, tmp_path / "out", *extra), monkeypatch)["models"]
+    assert m.pipe.vae.config.scaling_factor == 0.25
+
+
 def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -270,6 +279,8 @@ OPTIONS = [
     ["--timestep_offset", "x0"],
     ["--secant", "1"],
     ["--secant", "16"],
+    ["--secant_length", "0.05"],
+    ["--allow_tf32", "false", "--max_grad_norm", "0.1", "--logging_steps", "2"],
     ["--mixed_precision", "bf16", "--gradient_checkpointing", "true"],
     ["--use_8bit_adam", "false", "--use_ema", "true"],
     ["--proportion_empty_prompts", "1", "--center_crop", "--random_flip", "false"],
@@ -420,7 +431,7 @@ def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
     torch.save({"optimizer": Evil()}, checkpoint / "optimizer.pt")
     manifest = training.read_manifest(checkpoint)
     file = checkpoint / "optimizer.pt"
-    manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": training._sha256(file)}
+    manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": training.sha256(file)}
     import json
 
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))

@@ -44,7 +44,7 @@ def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-7"
     folder.mkdir()
     (folder / "optimizer.pt").write_bytes(b"0123456789")
-    files = {"optimizer.pt": {"bytes": 10, "sha256": training._sha256(folder / "optimizer.pt")}}
+    files = {"optimizer.pt": {"bytes": 10, "sha256": training.sha256(folder / "optimizer.pt")}}
     (folder / "manifest.json").write_text(json.dumps({"step": 7, "files": files}))
     return folder
 
