@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import sys
@@ -95,9 +96,15 @@ def log(config: TrainingConfig, accelerator: Accelerator, figures: dict[str, flo
 
 
 def end(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Closes trackers and leaves the process group."""
+    """Closes trackers. The process group is left at exit, once DDP is gone.
+
+    Left before, it would end with DDP's C++ half, which holds the interpreter lock while it waits for gloo's threads,
+    which may wait for that lock to drop a tensor: the process would hang, one time in a few.
+    """
     with writing(Path(config.output_dir)):
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    atexit.register(accelerator.state.destroy_process_group)
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:
