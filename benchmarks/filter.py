@@ -331,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=ROWS, help="judgements for the decision; 0: none")
     parser.add_argument(
-        "--copy_rows", type=int, default=4000, help="rows with images for the copy, 340 kB each; 0: none"
+        "--copy_rows", type=int, default=12000, help="rows with images for the copy, 340 kB each; 0: none"
     )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["pyarrow", "pandas-prompts", "pandas-rows"])
     parser.add_argument("--rounds", type=int, default=5, help="repetitions, of which the median counts")
