@@ -8,6 +8,7 @@ checkpointing, and with it, whichever holds at least a pair; bf16 or fp16, rank 
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def need(model: str, batch: int, blocks: list[str]) -> float:
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)
     print("| model | recomputed | " + " | ".join(f"{size} GiB" for size in SIZES) + " |")
     print("|---" * (len(SIZES) + 2) + "|")
     for model in architectures.NAMES:

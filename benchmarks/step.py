@@ -14,9 +14,11 @@ pipeline. Data are random too: what is measured is the step. An arm is one of
                       inside the step, target, policy and reference embedded one after another, eq. 13 as printed
     NAME:key=value,…  `cached` with these config keys changed (NAME:pixels,key=value,… for `pixels`)
 
-Each arm runs in a process of its own, so that its peak memory is its own; the steps of all arms are taken in turn.
+Each arm runs in a process of its own, so that its peak memory is its own; the steps of all arms are taken in turn, or
+(`--one_by_one`) arm after arm. An arm that runs out of memory is left out. Ratios are of the time per pair, to the
+last arm.
 GiB is the GPU allocator's peak, or the process's on a CPU, libraries included; "tensors" counts tensors alone.
-Figures are medians. TFLOP/s are PyTorch's count for the first arm's step over each arm's time.
+Figures are medians. TFLOP/s are PyTorch's count for a pair of the first arm over each arm's time for a pair.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -263,6 +265,8 @@ def work(name: str, model: str, argv: list[str]) -> None:
 
 
 class Worker:
+    """An arm in a process of its own; `ask` gives None once that has ended, out of memory for example."""
+
     def __init__(self, name: str, model: str, argv: list[str]):
         command = [sys.executable, __file__, "--worker", name, "--model", model, *argv]
         self.name = name
@@ -271,13 +275,42 @@ class Worker:
 
     def read(self) -> Any:
         line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"error: arm {self.name} ended; what it said stands above")
-        return json.loads(line)
+        return json.loads(line) if line else None
 
     def ask(self, question: str) -> Any:
-        print(question, file=self.process.stdin, flush=True)
+        try:
+            print(question, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return None
         return self.read()
+
+    def end(self) -> None:
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(names: list[str], args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, Any]]:
+    """Raw figures by arm, of arms that are all there at once and take their steps in turn; without those that ended."""
+    workers = [Worker(name, args.model, argv) for name in names]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for k in range(2 + args.steps):  # two to warm up
+        for worker in workers:
+            step = worker.ask("step")
+            times[worker.name] += [step["step"]] if step and k >= 2 else []
+    memory = {worker.name: worker.ask("memory") for worker in workers}  # before anything but training steps has run
+    figures = {}
+    for worker in workers:
+        phases = [worker.ask("phases") for _ in range(min(3, args.steps))]
+        raw = {question: worker.ask(question) for question in ("batch", "device", "flops", "ceiling", "tensors")}
+        if all(phases) and all(raw.values()):
+            raw["phases"] = {p: statistics.median(run.get(p, 0) for run in phases) for p in PHASES}
+            raw |= {"built_s": worker.built_s, "memory": memory[worker.name], "times": times[worker.name]}
+            figures[worker.name] = raw
+        else:
+            print(f"arm {worker.name} ended; what it said stands above", flush=True)
+        worker.end()
+    return figures
 
 
 def main() -> None:
@@ -285,6 +318,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
     parser.add_argument("--arms", default="cached,pixels,straightforward", help="separated by spaces or ;")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each arm, after two to warm up")
+    parser.add_argument("--one_by_one", action="store_true", help="arm after arm, where memory does not hold them all")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args, argv = parser.parse_known_args()
@@ -295,41 +329,35 @@ def main() -> None:
         return
 
     names = args.arms.replace(";", " ").split() if ":" in args.arms else args.arms.replace(",", " ").split()
-    workers = [Worker(name, args.model, argv) for name in names]
-    for worker in workers:
-        for _ in range(2):
-            worker.ask("step")
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    for _ in range(args.steps):
-        for worker in workers:
-            times[worker.name].append(worker.ask("step")["step"])
-    memory = {worker.name: worker.ask("memory") for worker in workers}  # before anything but training steps has run
-    ceiling = workers[0].ask("ceiling")
-    flops = workers[0].ask("flops")
-    figures: dict[str, Any] = {"model": args.model, "arguments": argv, "device": workers[0].ask("device"), "arms": {}}
-    figures |= {"flops_per_step": flops, "matmul_flops_per_s": ceiling}
-    batch = workers[0].ask("batch")
+    raw: dict[str, dict[str, Any]] = {}
+    for group in [[name] for name in names] if args.one_by_one else [names]:
+        raw |= measure(group, args, argv)
+    if not raw:
+        sys.exit("error: no arm ran")
+    first, last = next(iter(raw.values())), list(raw.values())[-1]
+    flops, ceiling = first["flops"] / first["batch"], first["ceiling"]
+    figures: dict[str, Any] = {"model": args.model, "arguments": argv, "device": first["device"], "arms": {}}
+    figures |= {"flops_per_pair": flops, "matmul_flops_per_s": ceiling}
+    print(f"{args.model}, {first['device']}: {flops / 1e12:.4f} TFLOP per pair, matmul {ceiling / 1e12:.2f} TFLOP/s")
+    columns = {"pairs": 6, "step s": 8, "pairs/s": 9, "TFLOP/s": 9, "share": 7, "GiB": 7, "tensors": 8, "ratio": 7}
     print(
-        f"{args.model}, {batch} pairs, {figures['device']}: {flops / 1e12:.3f} TFLOP per step, "
-        f"matmul {ceiling / 1e12:.2f} TFLOP/s"
+        f"{'arm':<24}" + "".join(f"{c:>{w}}" for c, w in columns.items()) + "  " + " ".join(f"{p:>10}" for p in PHASES)
     )
-    head = f"{'arm':<24}{'step s':>8}{'pairs/s':>9}{'TFLOP/s':>9}{'share':>7}{'GiB':>7}{'tensors':>8}{'ratio':>7}  "
-    print(head + " ".join(f"{p:>10}" for p in PHASES))
-    base = times[workers[-1].name]
-    for worker in workers:
-        seconds = statistics.median(times[worker.name])
-        ratio = statistics.median(a / b for a, b in zip(times[worker.name], base, strict=True))
-        phases = [worker.ask("phases") for _ in range(min(3, args.steps))]
-        phases = {p: statistics.median(run.get(p, 0) for run in phases) for p in PHASES}
-        peak, tensors, rate = memory[worker.name], worker.ask("tensors"), flops / seconds
-        figures["arms"][worker.name] = {
-            "build_s": worker.built_s, "step_s": seconds, "steps_s": times[worker.name], "pairs_per_s": batch / seconds,
-            "flops_per_s": rate, "share_of_matmul": rate / ceiling, "peak_memory_gib": peak, "tensors_gib": tensors,
-            "ratio_to_last": ratio, "phases_s": phases,
+    for name, arm in raw.items():
+        batch, seconds = arm["batch"], statistics.median(arm["times"])
+        pairs = zip(arm["times"], last["times"], strict=True)
+        ratio = statistics.median(a / b for a, b in pairs) * last["batch"] / batch  # of the time per pair
+        rate = flops * batch / seconds
+        figures["arms"][name] = {
+            "pairs": batch, "build_s": arm["built_s"], "step_s": seconds, "steps_s": arm["times"],
+            "pairs_per_s": batch / seconds, "flops_per_s": rate, "share_of_matmul": rate / ceiling,
+            "peak_memory_gib": arm["memory"], "tensors_gib": arm["tensors"], "ratio_to_last": ratio,
+            "phases_s": arm["phases"],
         }  # fmt: skip
         print(
-            f"{worker.name[:23]:<24}{seconds:>8.3f}{batch / seconds:>9.2f}{rate / 1e12:>9.2f}{rate / ceiling:>7.0%}"
-            f"{peak:>7.2f}{tensors:>8.2f}{ratio:>7.2f}  " + " ".join(f"{phases[p]:>10.4f}" for p in PHASES)
+            f"{name.partition(':')[0][:23]:<24}{batch:>6}{seconds:>8.3f}{batch / seconds:>9.2f}{rate / 1e12:>9.2f}"
+            f"{rate / ceiling:>7.0%}{arm['memory']:>7.2f}{arm['tensors']:>8.2f}{ratio:>7.2f}  "
+            + " ".join(f"{arm['phases'][p]:>10.4f}" for p in PHASES)
         )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))

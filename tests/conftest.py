@@ -1,8 +1,12 @@
 """Tests of pages need a real browser; where there is none, the rest runs, and the last lines say what was left out."""
 
+import os
 import shutil
 
 import pytest
+
+# Before torch is imported. The tensors are tiny: threads that spin while they wait cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 LEFT_OUT = pytest.StashKey[list]()

@@ -27,7 +27,7 @@ def test_a_step_is_timed_by_phase_beside_the_straightforward_one(tmp_path):
     assert phases["latent:space=latent"]["encoder"] == 0 < phases["cached"]["encoder"]
     assert phases["straightforward"]["conditions"] > phases["cached"]["conditions"]  # VAE and text encoder
     assert figures["arms"]["straightforward"]["tensors_gib"] > figures["arms"]["cached"]["tensors_gib"]
-    assert figures["flops_per_step"] > 1e9 and "TFLOP per step" in done.stdout
+    assert figures["flops_per_pair"] > 1e9 and "TFLOP per pair" in done.stdout
 
 
 def test_the_straightforward_arrangement_computes_the_same_loss():

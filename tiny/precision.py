@@ -1,6 +1,6 @@
 """How right the perceptual loss is in half precision: against eq. 13 in float64, on the embedded pipeline.
 
-    python -m tiny.precision
+    python -m tiny.precision        # on the GPU if there is one
 
 One DDPM step moves x_t by k_t (eps_theta - eps), k_t = 0.004 to 0.02: near 1, bfloat16 is spaced 0.008 and
 float16 0.001. The plain formula is lost in that rounding; a derivative over a longer step is not
@@ -26,6 +26,7 @@ from ncp.models import vae_moments
 from tiny.build import DATA, MODEL
 
 PAIRS = 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the encoder
 SCALE = 2.0**16  # of the loss, as a gradient scaler has it: in float16 the gradient would underflow
 
 
@@ -59,7 +60,11 @@ def setting():
 def loss_and_gradient(dtype: torch.dtype, secant: str, t: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(PL (B,), d sum(PL) / d eps_theta (B, ...)), float64, with the encoder in `dtype`; in float64, all of eq. 13."""
     scheduler, unet, x0, c, eps, z = setting()
-    f, step = encoder(dtype), torch.full((PAIRS,), t)
+    step = torch.full((PAIRS,), t)
+
+    def f(*inputs: torch.Tensor) -> torch.Tensor:
+        return encoder(dtype)(*(x.to(DEVICE) for x in inputs)).cpu()
+
     x_t = add_noise(scheduler, x0, eps, step)
     with torch.no_grad():
         eps_theta = unet(x_t, step, c).sample
@@ -81,7 +86,7 @@ def loss_and_gradient(dtype: torch.dtype, secant: str, t: int) -> tuple[torch.Te
 
 @cache
 def encoder(dtype: torch.dtype) -> DownBlockEncoder:
-    return DownBlockEncoder.from_unet(copy.deepcopy(setting()[1]).to(dtype))
+    return DownBlockEncoder.from_unet(copy.deepcopy(setting()[1]).to(DEVICE, dtype))
 
 
 @cache
