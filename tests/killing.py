@@ -64,16 +64,22 @@ CACHED = {"cpo"}  # the others decode pixels
 CLOCKS = ("samples_per_second", "peak_memory_gib")
 
 
-def in_child(work: Callable[[], None]) -> tuple[int, float]:
-    """(wait status, seconds) of work done in a forked child, its output thrown away."""
-    began, pid = time.perf_counter(), os.fork()
+def fork(work: Callable[[], None]) -> int:
+    """The process id of a child that does the work, its output thrown away."""
+    pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1), os.dup2(nowhere, 2)
         work()
         os._exit(0)
-    return os.waitpid(pid, 0)[1], time.perf_counter() - began
+    return pid
+
+
+def in_child(work: Callable[[], None]) -> tuple[int, float]:
+    """(wait status, seconds) of work done in a child."""
+    began = time.perf_counter()
+    return os.waitpid(fork(work), 0)[1], time.perf_counter() - began
 
 
 def train(kind: str, assets: Path, out: Path, log: Path, points: KillPoints) -> None:
@@ -215,13 +221,8 @@ def main() -> None:
 
 
 def kill_from_outside(work: Callable[[], None], after: float) -> int:
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-        work()
-        os._exit(0)
+    """The wait status of a child that is killed after so many seconds."""
+    pid = fork(work)
     time.sleep(after)
     os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]

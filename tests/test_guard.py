@@ -157,9 +157,9 @@ def test_max_train_hours_ends_a_run_in_the_same_way(assets, tmp_path, monkeypatc
 
 # Two processes as srun would start them: rank 1 gets a NaN at step 2, and a signal in step 3 if argv says so.
 RANK = """
-import os, sys, signal, torch, train_ncp_dpo as script
+import gc, os, sys, signal, torch, train_ncp_dpo as script
 from ncp.config import run
-original, calls = script.ncp_dpo, []
+original, calls, leave = script.ncp_dpo, [], torch.distributed.destroy_process_group
 def step(m, unet, batch, config):
     losses, metrics = original(m, unet, batch, config)
     calls.append(1)
@@ -168,7 +168,11 @@ def step(m, unet, batch, config):
     if os.environ["RANK"] == "1" and len(calls) == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
     return losses, metrics
-script.ncp_dpo = step
+def left(*args):
+    alive = any(isinstance(o, torch.nn.parallel.DistributedDataParallel) for o in gc.get_objects())
+    print("left with DDP" if alive else "left without DDP", file=sys.stderr)
+    leave(*args)
+script.ncp_dpo, torch.distributed.destroy_process_group = step, left
 run(script.main)
 """
 
@@ -196,6 +200,7 @@ def test_all_processes_skip_and_stop_together(assets, tmp_path):
     said = [r.communicate(timeout=120) for r in ranks]
     assert [r.returncode for r in ranks] == [guard.INTERRUPTED] * 2, said
     assert said[0][1].count("stopped by SIGUSR1 at step 3") == 1 and "stopped" not in said[1][1]
+    assert all("left without DDP" in error for _, error in said), said  # the other order hangs, one time in a few
     assert "step 2 skipped" in said[0][1] and "Traceback" not in said[0][1] + said[1][1]
     assert "effective batch" in said[0][0] and not said[1][0].strip()  # the main process alone talks
     (entry,) = map(json.loads, (tmp_path / "out" / "skipped_steps.jsonl").read_text().splitlines())
