@@ -166,6 +166,20 @@ def run(main: Callable[[], Any]) -> None:
         # Without the clean-up at exit, which would wait for the one that is gone.
         _say(f"error: another process of this run has ended or does not answer ({str(error).splitlines()[0]})")
         os._exit(2)
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Leaves the process group, if there is one: now that DDP is gone with `main`'s frame, and Python is still whole.
+
+    Earlier, it would end with DDP's C++ half, which holds the interpreter lock while it waits for gloo's threads, and
+    they may wait for that lock to drop a tensor: a deadlock, one time in a few. Later, they find no interpreter and
+    abort the process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import resource
 import sys
@@ -96,15 +95,10 @@ def log(config: TrainingConfig, accelerator: Accelerator, figures: dict[str, flo
 
 
 def end(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Closes trackers. The process group is left at exit, once DDP is gone.
-
-    Left before, it would end with DDP's C++ half, which holds the interpreter lock while it waits for gloo's threads,
-    which may wait for that lock to drop a tensor: the process would hang, one time in a few.
-    """
+    """Closes trackers. The process group is left later, by `ncp.config.run`."""
     with writing(Path(config.output_dir)):
         for tracker in accelerator.trackers:
             tracker.finish()
-    atexit.register(accelerator.state.destroy_process_group)
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:

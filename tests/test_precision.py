@@ -1,11 +1,22 @@
 """The perceptual loss in half precision against eq. 13 in float64, over the whole schedule (tiny/precision.py)."""
 
+import os
+
 import pytest
 import torch
 
 from tiny.precision import compare
 
 TIMESTEPS = [1, 2, 3, 5, 8, 12, 20, 35, 60, *range(100, 1000, 50), 975, 990, 999]
+
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    """These tensors are large enough for them (tests/conftest.py)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

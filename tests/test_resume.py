@@ -34,14 +34,14 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_runs_killed_anywhere_end_as_if_they_had_not_been():
     done = subprocess.run(
-        [sys.executable, "tests/killing.py", "--every", "41"],
+        [sys.executable, "tests/killing.py", "--every", "61"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"1[0-9] runs killed and resumed, 0 ended otherwise", done.stdout), done.stdout
+    assert re.search(r"9 runs killed and resumed, 0 ended otherwise", done.stdout), done.stdout
 
 
 # ---------------------------------------------------------------- the same run or another one

@@ -39,7 +39,7 @@ def soak(folder: Path, steps: int, patch: pytest.MonkeyPatch) -> list[tuple[int,
 
 
 def test_memory_and_open_files_stay_level(tmp_path, monkeypatch):
-    seen = soak(tmp_path, int(os.environ.get("SOAK_STEPS", "200")), monkeypatch)
+    seen = soak(tmp_path, int(os.environ.get("SOAK_STEPS", "120")), monkeypatch)
     for step, resident, files in seen:
         print(f"step {step:6d}  {resident:8.1f} MiB resident  {files:3d} open files")
     (_, early, files), (_, late, files_late) = seen[len(seen) // 3], seen[-1]
