@@ -1,16 +1,18 @@
 """Builds the embedded default: a trained tiny Stable Diffusion and a preference dataset drawn from it.
 
-Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`). Five stages,
-each deterministic on one machine with one number of threads:
+Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`).
 
-    python -m tiny.build vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
-    python -m tiny.build unet-1         text encoder and U-Net, trained together on latents: colours
-    python -m tiny.build unet-2         the same, continued, and
-    python -m tiny.build unet-3         once more: shapes
-    python -m tiny.build preferences    on-policy samples, judged by simulated annotators
+    python -m tiny.build            all four stages, in float32, into tiny/work, then tiny/model and tiny/data
+    python -m tiny.build STAGE      one of them, from what the stages before it left
 
-The base model is meant to leave room to improve: a twentieth of its captions carry one wrong word, and
-size, place, texture and background finish are drawn uniformly whatever the annotators like.
+    vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
+    unet-1         text encoder and U-Net, trained together on latents: colours
+    unet-2         the same, continued: shapes
+    preferences    on-policy samples, judged by simulated annotators
+
+Each stage is deterministic on one machine with one number of threads. The base model is meant to leave room to
+improve: a twentieth of its captions carry one wrong word, and most of its training images are small, off centre,
+textured or uneven, whatever the annotators like.
 The annotators follow Bradley-Terry with Davidson's ties on `overall` of `tiny/oracle.py`, each with
 a weight of their own between alignment and appeal.
 """
@@ -65,10 +67,8 @@ def train_vae(work: Path, steps: int, batch_size: int = 32, lr: float = 2e-3) ->
     for _ in range(steps):
         index = torch.randint(len(pixels), (batch_size,), generator=generator)
         x = pixels[index].float() / 127.5 - 1
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        difference = y.float() - x
+        posterior = vae.encode(x).latent_dist
+        difference = vae.decode(posterior.sample(generator)).sample - x
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = difference.abs().mean() + 2 * difference.square().mean() + 3e-4 * kl
         optimizer.zero_grad()
@@ -150,22 +150,22 @@ def new_unet():
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128, 128),
+        # As in SDXL, no attention at full resolution: on a CPU it would cost more than all the rest.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 96, 128),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=4,
+        attention_head_dim=(1, 3, 4),  # diffusers' name for the number of heads: 32 channels each
         norm_num_groups=16,
     )
 
 
 def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
-    """Three phases, each with its own optimizer and one-cycle schedule, from the average that the one before saved.
+    """Two phases, each with its own optimizer and one-cycle schedule; the second starts from the first's average.
 
     1: errors of the noise weighted as errors of v, which settles early what is decided at high noise: colours.
-    2, 3: min-SNR weights, which for Stable Diffusion's betas are uniform from t = 150 on: shapes, textures.
-    Phases 1 and 2 stop before the end of their schedules.
+    2: min-SNR weights, which for Stable Diffusion's betas are uniform from t = 150 on: shapes, textures.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
@@ -174,7 +174,7 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     tokenizer = make_tokenizer()
-    planned, steps = {1: (1800, 1600), 2: (1000, 400), 3: (1350, 1350)}[phase]
+    steps = {1: 2200, 2: 3300}[phase]
     if phase == 1:
         text_encoder, unet = new_text_encoder(tokenizer), new_unet()
     else:
@@ -199,7 +199,7 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).train()
     ema = EMAModel(both.parameters(), decay=0.997)
     optimizer = torch.optim.AdamW(both.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=planned, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(SEED)
     abar = scheduler.alphas_cumprod
     snr = abar / (1 - abar)
@@ -210,10 +210,8 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
         x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.randint(1000, (batch_size,), generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            c = text_encoder(ids[i])[0]
-            prediction = unet(scheduler.add_noise(x0, eps, t), t, c).sample
-        loss = (weights[t].view(-1, 1, 1, 1) * (prediction.float() - eps) ** 2).mean()
+        prediction = unet(scheduler.add_noise(x0, eps, t), t, text_encoder(ids[i])[0]).sample
+        loss = (weights[t].view(-1, 1, 1, 1) * (prediction - eps) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -234,8 +232,8 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
             pipe.to(torch.float32)
             both.train()
             ema.restore(both.parameters())
-    if phase == 3:
-        shutil.copytree(work / "model-phase-3", MODEL, dirs_exist_ok=True)
+    if phase == 2:
+        shutil.copytree(work / "model-phase-2", MODEL, dirs_exist_ok=True)
         for config in MODEL.glob("*/config.json"):  # where the parts lay while they were made is nobody's business
             lines = config.read_text().splitlines(keepends=True)
             config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
@@ -256,7 +254,7 @@ def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene
 MODELS = {"tiny-sd-guidance-2": 2.0, "tiny-sd-guidance-5": 5.0}  # Pick-a-Pic mixes models; two guidance scales do here
 
 
-def make_preferences(train_prompts: int = 420, images_per_prompt: int = 4) -> None:
+def make_preferences(train_prompts: int = 560, images_per_prompt: int = 5) -> None:
     """Writes `tiny/data`: a train split in two shards, and a validation split of other scenes, one game per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -391,10 +389,9 @@ def sample(prompts: list[str], seeds: list[int], guidance: float, steps: int = 2
     images = []
     for i in tqdm(range(0, len(prompts), batch_size), desc=f"sample at guidance {guidance}"):
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            images += pipe(
-                prompts[i : i + batch_size], num_inference_steps=steps, guidance_scale=guidance, generator=generators
-            ).images
+        images += pipe(
+            prompts[i : i + batch_size], num_inference_steps=steps, guidance_scale=guidance, generator=generators
+        ).images
     return images
 
 
@@ -451,19 +448,23 @@ class Log:
             tqdm.write(f"{self.name} step {self.step}: {figures}, {time.time() - self.start:.0f} s")
 
 
+STAGES = ("vae", "unet-1", "unet-2", "preferences")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "unet-1", "unet-2", "unet-3", "preferences"])
+    parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage; without it, all of them in turn")
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="where intermediate models go")
-    parser.add_argument("--vae_steps", type=int, default=1000)
+    parser.add_argument("--vae_steps", type=int, default=1500)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    if args.stage == "vae":
-        train_vae(args.work_dir, args.vae_steps)
-    elif args.stage.startswith("unet"):
-        train_unet(args.work_dir, phase=int(args.stage[-1]))
-    else:
-        make_preferences()
+    for stage in [args.stage] if args.stage else STAGES:
+        if stage == "vae":
+            train_vae(args.work_dir, args.vae_steps)
+        elif stage == "preferences":
+            make_preferences()
+        else:
+            train_unet(args.work_dir, phase=int(stage[-1]))
 
 
 if __name__ == "__main__":

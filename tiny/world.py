@@ -27,6 +27,7 @@ COLOURS = {  # sRGB, chosen at least 0.5 apart (Euclidean, unit cube)
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
 TEXTURES = ("plain", "striped", "dotted")
 FINISHES = ("plain", "gradient", "grainy")
+PLAIN_FIRST = (0.2, 0.4, 0.4)  # how often each texture and each finish is drawn
 TEMPLATES = (
     "a {colour} {shape} on a {background} background",
     "{colour} {shape}, {background} background",
@@ -108,10 +109,14 @@ def mask(shape: str, cx: float, cy: float, radius: float, side: int = SIDE, supe
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """One image of a scene with its free attributes drawn from `rng`: (SIDE, SIDE, 3) float32 in [0, 1]."""
-    radius = rng.uniform(10, 26)
-    cx, cy = SIDE / 2 + rng.uniform(-1, 1, 2) * min(14.0, SIDE / 2 - radius + 2)
-    texture, finish = rng.choice(TEXTURES), rng.choice(FINISHES)
+    """One image of a scene with its free attributes drawn from `rng`: (SIDE, SIDE, 3) float32 in [0, 1].
+
+    Most are small, off centre, textured or uneven, so that a model trained on them has much to learn from people
+    who like the opposite.
+    """
+    radius = rng.uniform(8, 24)
+    cx, cy = SIDE / 2 + rng.uniform(-1, 1, 2) * min(16.0, SIDE / 2 - radius + 2)
+    texture, finish = rng.choice(TEXTURES, p=PLAIN_FIRST), rng.choice(FINISHES, p=PLAIN_FIRST)
     ink = np.float32(COLOURS[scene.colour]) / 255
     paper = np.float32(COLOURS[scene.background]) / 255
 
