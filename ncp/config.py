@@ -237,10 +237,12 @@ class TrainingConfig:
     )
     timestep_offset: str = option("1", doc="k of t' = t - k, or x0 to compare predictions of the clean sample")
     secant: str = option(
-        "auto", doc="auto: a derivative, right in half precision; a number s: that secant, 1 being eq. 13 as printed"
+        "auto",
+        doc="auto: eq. 13 as printed in float32, a derivative that is right in half precision otherwise; a number s: "
+        "that secant, 1 being eq. 13 as printed",
     )
-    secant_length: float | None = option(
-        None, above=0, doc="step length of secant auto, in latent standard deviations; null: by precision and timestep"
+    secant_length: float = option(
+        0.016, above=0, doc="step length of secant auto in half precision, in latent standard deviations"
     )
     # optimisation
     output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")
@@ -271,9 +273,13 @@ class TrainingConfig:
     torch_compile: bool = option(False, doc="compile transformer and ResNet blocks: a slower start, faster steps")
     channels_last: bool = option(False, doc="store convolution weights channels-last, which suits GPUs' half precision")
     mixed_precision: str = option(
-        "bf16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
+        "fp16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
     )
-    allow_tf32: bool = option(True, doc="TF32 on Ampere and later GPUs where float32 remains")
+    allow_tf32: bool = option(
+        True,
+        doc="TF32 on Ampere and later GPUs where half precision leaves float32 (SDXL's VAE); mixed_precision no is "
+        "float32 throughout",
+    )
     deterministic: bool = option(
         False, doc="only kernels that give the same bits every time on the same hardware and software; slower"
     )
