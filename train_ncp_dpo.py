@@ -53,7 +53,9 @@ def ncp_dpo(
         target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
         f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
         x = [reverse_step(m.scheduler, e, t, t_prev, x_t, z) for e in (eps_theta, eps_ref)]
-        loss_theta, loss_ref = map(mean_square, displacement(f, x, target, m.secant, config.secant_length))  # eq. 12, 13
+        loss_theta, loss_ref = map(
+            mean_square, displacement(f, x, target, m.secant, config.secant_length)
+        )  # eq. 12, 13
 
     return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTokenizer
 
 import ncp
+from ncp import precision
 from ncp.cache import columns_of
 from ncp.checkpoints import WEIGHTS, read_manifest, save_lora, writing
 from ncp.config import TrainingConfig, UserError
@@ -46,12 +47,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA reads when it starts
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
+        raise UserError("mixed_precision is fp16, which needs a GPU; without one use no")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("mixed_precision is bf16, which this GPU does not support; use fp16 or no")
-    # Both either way: cuDNN's is on by default, and would round eq. 13 in a run that asks for float32.
-    tf32 = config.allow_tf32 and config.mixed_precision != "no"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    precision.set_tf32(config)
     tracker = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(
@@ -69,6 +68,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise UserError(f"report_to is '{config.report_to}': {str(error).splitlines()[0]}") from None
     if tracker and not accelerator.log_with:  # accelerate drops a tracker that is not installed without a word
         raise UserError(f"report_to is '{tracker}', which is not installed (pip install {tracker})")
+    for line in precision.notes(config, accelerator.device):
+        accelerator.print(f"{'precision':>16}: {line}")
     return accelerator
 
 

@@ -61,7 +61,7 @@ class Setting:
 
 @cache
 def setting(name: str, pairs: int = 4) -> Setting:
-    """"embedded" (trained, real images), or random weights in the layout of "sd15" or "sdxl", narrower than they are.
+    """ "embedded" (trained, real images), or random weights in the layout of "sd15" or "sdxl", narrower than they are.
 
     Random weights say little of a trained model's curvature; they do say what its depth does to rounding.
     """
@@ -128,12 +128,13 @@ def noise(s: Setting, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def lora_weights(unet: torch.nn.Module, std: float) -> list[torch.nn.Parameter]:
-    """The trainable weights in order, the zeros that LoRA starts from replaced by the same random numbers each time."""
+    """The trainable weights in order, given the same random numbers each time, also where LoRA starts from zeros."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if "lora" in name:
+                scale = std if "lora_B" in name else 1 / len(parameter)  # of A: peft's gaussian init, 1 / rank
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return [p for p in unet.parameters() if p.requires_grad]
 
 
@@ -240,7 +241,9 @@ def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, 
     outcomes = {}
     for name_, loss in losses.items():
         gradients = torch.autograd.grad(loss.mean(), weights, retain_graph=True, allow_unused=True)
-        flat = [(g if g is not None else torch.zeros_like(v)).flatten() for g, v in zip(gradients, weights, strict=True)]
+        flat = [
+            (g if g is not None else torch.zeros_like(v)).flatten() for g, v in zip(gradients, weights, strict=True)
+        ]
         logit = None if logits[name_] is None else logits[name_].detach()
         distance = (w if name_ == "sft" else theta).detach()
         outcomes[name_] = Outcome(distance, logit, torch.cat(flat))
@@ -308,7 +311,9 @@ def main() -> None:
             print(f"| {name} | {NAMES[dtype]} | {secant} | " + " | ".join(cells) + " |", flush=True)
 
     print("\nWhat the optimizer gets, timesteps mixed:\n")
-    print("| U-Net | space | objective | arithmetic | loss ratio | gradient cosine | norm ratio | logit rms | its error |")
+    print(
+        "| U-Net | space | objective | arithmetic | loss ratio | gradient cosine | norm ratio | logit rms | its error |"
+    )
     print("|---" * 9 + "|")
     for name in names:
         for space in ("perceptual", "latent"):
