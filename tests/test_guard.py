@@ -257,7 +257,7 @@ def test_held_out_pairs_never_train_and_are_the_same_for_any_seed(assets, tmp_pa
     assert [s["pair"] for s in samples] == [9, 10, 11]
     assert [int(s["timestep"]) for s in samples] == [167, 500, 833]  # middles of thirds of 1 ... 999
     assert torch.equal(samples[1]["eps"], make("--heldout_pairs", "3")[1].heldout(1)["eps"])
-    with pytest.raises(UserError, match=r"heldout_pairs is 12; .* has 12 decisive pairs"):
+    with pytest.raises(UserError, match=r"heldout_pairs is 12; .* has 12 decisive pairs of 12 prompts; .* none is left"):
         make("--heldout_pairs", "12")
 
 
