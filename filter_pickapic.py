@@ -78,7 +78,6 @@ DECISION = {
     "label_1": "a number",
     "ranking_id": "an integer",
 }
-TEXTS = [name for name, kind in DECISION.items() if kind == "text"]
 ROWS_PER_GROUP = 100  # of an output file with images: about 35 MB of Pick-a-Pic
 READ_ROWS = 8  # of images at a time
 LOOK_AHEAD = 64  # such reads, so that the writer has something to do while the next pages are decoded
@@ -822,7 +821,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shards, commit = open_shards(config)
     columns = [c for c in DECISION if c in shards[0].schema.names]
     columns += ["model_0", "model_1"] if config.models is not None else []
-    table = read_columns(shards, columns, config, dictionaries=TEXTS)
+    table = read_columns(shards, columns, config, dictionaries=[c for c in columns if DECISION.get(c) == "text"])
     decision = decide(table, config)
     wanted = request(shards, decision, commit, config)
     if not len(decision.row):

@@ -104,7 +104,7 @@ class Pairs:
     """Decisive judgements of a dataset: `rows` of `table`, whose winner is image `winner` (0 or 1).
 
     The last `heldout` of them never train and are not in its length. `source(row)` names where a row came from.
-    `dropped` counts the other rows of `table`, by reason. `manifest` is that of filter_pickapic.py, if it made the dataset.
+    `dropped` counts the other rows of `table`, by reason. `manifest` is filter_pickapic.py's, if it made the dataset.
     """
 
     table: Any
@@ -250,7 +250,7 @@ def describe_manifest(manifest: dict[str, Any]) -> str:
 
 
 def decisive(said: Judgements) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(row numbers, winner 0 or 1, dropped counts by the first reason) of rows that say which of two images is better."""
+    """(row numbers, winner 0 or 1, counts of the other rows by their first fault) of rows that name a better image."""
     left = np.ones(len(said.tie), bool)
     dropped = {}
     for reason, hit in {**said.faults, "tie": said.tie}.items():
