@@ -211,13 +211,15 @@ class TrainingConfig:
     )
     # data
     dataset_name: str = option(doc="folder of Pick-a-Pic parquet shards, one parquet file, or a hub id of that schema")
-    dataset_split: str = option("train", doc="split: shards whose file name starts with it, or the hub's split")
+    dataset_split: str = option("train", doc="split: files or folders named for it, or the hub's split")
     cache_dir: str | None = option(None, doc="where downloads and the memory-mapped copy of the dataset go")
     cached_latents: str | None = option(
         None, doc="folder that cache_latents.py wrote with this config; null: encode images and prompts at every step"
     )
     max_train_samples: int | None = option(None, low=1, doc="use only the first pairs, for a quick try")
-    heldout_pairs: int = option(0, low=0, doc="pairs that never train, evenly spaced, to watch the run by; 0: none")
+    heldout_pairs: int = option(
+        0, low=0, doc="pairs whose prompts and images never train, evenly spaced, to watch the run by; 0: none"
+    )
     resolution: int = option(512, low=8, high=16384, doc="side of the square training images, in pixels")
     center_crop: bool = option(True, doc="crop the centre; false: a random place, which cannot be cached")
     random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
