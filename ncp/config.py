@@ -221,6 +221,11 @@ class TrainingConfig:
     resolution: int = option(512, low=8, high=16384, doc="side of the square training images, in pixels")
     center_crop: bool = option(True, doc="crop the centre; false: a random place, which cannot be cached")
     random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
+    time_ids: str = option(
+        "image",
+        choices=("image", "fixed"),
+        doc="SDXL's size and crop conditions: each image's own; fixed: a whole image of resolution, as Diffusion-DPO",
+    )
     proportion_empty_prompts: float = option(0.0, low=0, high=1, doc="share of samples trained on the empty prompt")
     corrupt_images: str = option(
         "error", choices=("error", "skip"), doc="stop at an unreadable image, or skip and count"

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import evaluate
 from evaluation.compare import compare
 from evaluation.generate import generate, seed_of
-from evaluation.models import find_models, open_pipeline
+from evaluation.models import find_base, find_models, open_pipeline
 from evaluation.prompts import read_prompts
 from evaluation.protocol import SCHEDULERS, Config
 from evaluation.score import score
@@ -240,7 +240,7 @@ def test_a_variant_of_the_weights_is_read(assets, tmp_path):
 def test_a_vae_that_needs_float32_gets_it(assets, tmp_path):
     config = configured(assets, tmp_path, "--pretrained_model_name_or_path", str(assets / "xl"), "--models", "base",
                         "--mixed_precision", "bf16")  # fmt: skip
-    pipe = open_pipeline(find_models(config)[0], config, torch.device("cpu"))
+    pipe = open_pipeline(find_base(config), config, torch.device("cpu"))
     assert pipe.vae.dtype == torch.float32 and pipe.unet.dtype == torch.bfloat16  # force_upcast in its config
 
 
@@ -671,9 +671,9 @@ def test_models_on_the_hub_are_told_apart(assets, tmp_path, monkeypatch):
     ]
     config = configured(assets, tmp_path / "out", *extra)
     with pytest.raises(UserError, match="model 'c': the hub's x/y holds neither a pipeline"):
-        find_models(config)
+        find_models(config, find_base(config))
     config.models.pop()
-    found = [(m.name, m.kind, m.path, m.weights) for m in find_models(config)]
+    found = [(m.name, m.kind, m.path, m.weights) for m in find_models(config, find_base(config))]
     assert found == [
         ("base", "pipeline", "me/sd", "commit-v2"),
         ("a", "lora", "me/lora", "commit-None"),
