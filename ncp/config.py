@@ -314,7 +314,7 @@ class TrainingConfig:
     # pictures
     validation_prompts: list[str] = option([], doc="prompts drawn before and after, with fixed seeds")
     validation_steps: int | None = option(None, low=1, doc="draw every so many steps; null: only at the end")
-    validation_num_inference_steps: int = option(50, low=1, high=1000, doc="sampler steps (DDIM) of validation images")
+    validation_num_inference_steps: int = option(50, low=1, high=999, doc="sampler steps (DDIM) of validation images")
     validation_guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance of validation images")
     validation_seed: int = option(0, low=0, high=2**62, doc="seed of the first validation image; the others count up")
     # sharing
