@@ -34,8 +34,7 @@ import train_ncp_dpo
 from ncp import cache, data, models, training
 from ncp.config import UserError, parse, run
 
-PIXELS_PER_BATCH = 1024 * 1024  # of a VAE pass: one SDXL image, four of SD 1.5
-PROMPTS_PER_BATCH = 64
+PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four of SD 1.5, twice that with flips
 
 
 @dataclass(kw_only=True)
@@ -66,7 +65,7 @@ class Images(Dataset):
 
 
 def batches(images: Images, positions: list[int], config: Config) -> Iterator[dict[str, torch.Tensor]]:
-    """The images at these positions, a VAE pass at a time. Raises UserError at an unreadable image."""
+    """The images at these positions, a few at a time. Raises UserError at an unreadable image."""
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         errors = [s for s in samples if "error" in s]
@@ -103,8 +102,8 @@ def encode_shard(pipe: Any, images: Images, positions: list[int], config: Config
 def prompt_shard(pipe: Any, prompts: list[str], bar: tqdm) -> dict[str, torch.Tensor]:
     """text float16 (n, S, D) and, for SDXL, pooled float16 (n, P)."""
     parts = []
-    for i in range(0, len(prompts), PROMPTS_PER_BATCH):
-        parts.append(models.embed(pipe, prompts[i : i + PROMPTS_PER_BATCH]))
+    for i in range(0, len(prompts), models.PROMPTS_PER_PASS):
+        parts.append(models.embed(pipe, prompts[i : i + models.PROMPTS_PER_PASS]))
         bar.update(len(parts[-1][0]))
     text, pooled = zip(*parts, strict=True)
     shard = {"text": torch.cat(text).half().cpu()}

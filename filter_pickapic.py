@@ -58,7 +58,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import ncp
-from ncp import filter_report
+from ncp import filter_report, hub
 from ncp.config import UserError, option, parse, run
 from ncp.files import files_of_split, local_files, sha256
 from ncp.judgements import read_judgements
@@ -392,15 +392,15 @@ def list_files(config: Config) -> tuple[list[tuple[str, int, Callable[[], Any]]]
     try:
         info = HfApi().dataset_info(config.dataset_name, revision=config.revision, files_metadata=True)
     except Exception as error:  # the hub's client raises many kinds, offline more still
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = hub.reason(error)
         raise UserError(
             f"dataset_name: '{config.dataset_name}' is no local path, and the hub gave no such dataset ({reason})"
         ) from None
-    hub, root = HfFileSystem(), f"datasets/{config.dataset_name}@{info.sha}"
+    remote, root = HfFileSystem(), f"datasets/{config.dataset_name}@{info.sha}"
     sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".parquet")}
     names = files_of_split(sizes, config.dataset_split, config.dataset_name)
     # No read-ahead: pyarrow asks for the byte ranges it needs, and image columns lie between them.
-    open_name = partial(hub.open, mode="rb", cache_type="none")
+    open_name = partial(remote.open, mode="rb", cache_type="none")
     return [(n, sizes[n], partial(open_name, f"{root}/{n}")) for n in names], info.sha
 
 
@@ -496,9 +496,10 @@ def reading(config: Config, name: str) -> Iterator[None]:
     """Turns a failure to read file `name` into a UserError."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where(config, name)}: not a readable parquet file ({reason})") from None
+    except Exception as error:
+        if not isinstance(error, (pa.ArrowException, OSError)) and not hub.is_lost_connection(error):
+            raise
+        raise UserError(f"{where(config, name)}: not a readable parquet file ({hub.reason(error)})") from None
 
 
 # ---------------------------------------------------------------- output

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.models import Model, find_models, open_pipeline
+from evaluation.models import (
+    Model,
+    changed_parts,
+    common_parts,
+    find_base,
+    find_models,
+    has_a_sampler_of_its_own,
+    open_pipeline,
+)
 from evaluation.prompts import read_prompts
 from evaluation.protocol import Config, index_schema, processes, read_protocol, write_atomically, write_table
 from ncp.config import UserError
@@ -45,16 +53,18 @@ def plan(config: Config, models: list[Model], prompts: list[dict[str, str]]) -> 
 
 def generate(config: Config) -> None:
     """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
-    models = find_models(config)
+    base = find_base(config)
+    models = find_models(config, base)
     prompts, repeated = read_prompts(config)
-    rows, folder = plan(config, models, prompts), Path(config.output_dir)
+    folder = Path(config.output_dir)
 
     import torch
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
     state = processes()
-    claim(config, models, main=state.is_main_process)
+    models = claim(config, base, models, main=state.is_main_process)
+    rows = plan(config, models, prompts)
     todo = [r for r in rows if not (folder / r["file"]).is_file()]
     state.wait_for_everyone()  # no process may draw before all have looked
     if state.is_main_process:
@@ -76,27 +86,53 @@ def generate(config: Config) -> None:
         print(f"wrote {folder / 'index.parquet'}; next: evaluate.py score")
 
 
-def claim(config: Config, models: list[Model], main: bool) -> None:
-    """Notes protocol and models in the output folder.
+def claim(config: Config, base: Model, models: list[Model], main: bool) -> list[Model]:
+    """Notes protocol, base and models in the output folder; returns the models under the weights they have in there.
 
-    Raises UserError if it holds images of another protocol, or of a model whose weights have changed since.
+    Raises UserError if it holds images of another protocol, over another base, or of a model that has changed since.
     """
     path = Path(config.output_dir) / "protocol.json"
-    known = read_protocol(config)["models"] if path.exists() else {}
+    noted = read_protocol(config) if path.exists() else {"models": {}}
+    known, common = noted["models"], common_parts(base, config)
+    drawn = [m for m in known if (path.parent / "images" / m).exists()]
+    if "base" in noted and drawn and (changed := changed_parts(common, noted["base"])):
+        raise UserError(
+            f"{config.pretrained_model_name_or_path} has changed since the images in {path.parent} were drawn "
+            f"({changed}); restore it, or choose another output_dir"
+        )
+    claimed = []
     for model in models:
-        images = path.parent / "images" / model.name
-        if model.name in known and known[model.name]["weights"] != model.weights and images.exists():
-            raise UserError(
-                f"model '{model.name}': the images in {images} were drawn with other weights "
-                f"({known[model.name]['path']}); remove that folder, or use another name"
-            )
+        images, was = path.parent / "images" / model.name, known.get(model.name)
+        if model.name in drawn and was:
+            if changed := changed_since(model, was):
+                raise UserError(
+                    f"model '{model.name}': the images in {images} were drawn with other weights ({was['path']}; "
+                    f"changed: {changed}); remove that folder, or use another name"
+                )
+            if "base" not in noted and config.scheduler == "pipeline" and has_a_sampler_of_its_own(model, config):
+                raise UserError(
+                    f"model '{model.name}': the images in {images} were drawn with its own sampler, by an older "
+                    "version; now all models have the base's; remove that folder"
+                )
+            model = replace(model, weights=was["weights"])  # by which index and scores know the images
+        claimed.append(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: cannot create {path.parent} ({error.strerror})") from None
     if main:
-        content = {"protocol": config.protocol(), "models": {**known, **{m.name: asdict(m) for m in models}}}
+        entries = {**known, **{m.name: asdict(m) for m in claimed}}
+        content = {"protocol": config.protocol(), "base": common, "models": entries}
         write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    return claimed
+
+
+def changed_since(model: Model, was: dict[str, Any]) -> str:
+    """Which parts of a model differ from those noted as `was`, in words; empty if none does."""
+    if was.get("parts"):
+        return changed_parts(model.parts, was["parts"])
+    # An older version noted one hash, of a pipeline that of its U-Net alone.
+    return "" if was["weights"] in (model.weights, model.parts.get("unet")) else "weights"
 
 
 def draw_all(model: Model, config: Config, batches: list[list[dict[str, Any]]], state: Any) -> None:
@@ -113,7 +149,8 @@ def draw_all(model: Model, config: Config, batches: list[list[dict[str, Any]]], 
 def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
     """One PIL image per row, each from a generator of its own."""
     import torch
-    from diffusers.image_processor import VaeImageProcessor
+
+    from ncp.models import decode
 
     with torch.no_grad():
         latents = pipe(
@@ -125,10 +162,7 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
             generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
             output_type="latent",
         ).images
-        # Decoded here, because the VAE's precision may be another.
-        vae = pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return VaeImageProcessor().postprocess(vae.decode(latents).sample.float(), output_type="pil")
+    return decode(pipe.vae, latents)  # here, because the VAE's precision may be another
 
 
 def save(image: Any, row: dict[str, Any], config: Config) -> None:

@@ -5,25 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Config, entries
+from ncp import hub
 from ncp.config import UserError
 from ncp.files import sha256
 
 LORA = "pytorch_lora_weights.safetensors"
 # What makes a folder or hub repository one of these, looked for in this order.
 KINDS = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/config.json", "bare unet": "config.json"}
+WEIGHTS = (".safetensors", ".bin")
+SCHEDULER = "scheduler/scheduler_config.json"
+# Of a scheduler's config, what the weights were trained with; the rest is how to sample.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that draw nothing here
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 UNET = "UNet2DConditionModel"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to draw with. `weights` tells its weights from others: a hash, or the hub's commit.
+    """A model to draw with. `weights` tells its images from others: a hash of `parts`, or the hub's commit.
 
+    `parts` are the hashes of what it draws with, by name: of a pipeline its components, else "weights" or "commit".
     `run`, `step` and `seconds` (of training up to there, if the checkpoint says) belong to training checkpoints.
     """
 
@@ -34,16 +44,22 @@ class Model:
     run: str | None = None
     step: int | None = None
     seconds: float | None = None
+    parts: dict[str, str] = field(default_factory=dict)
 
 
-def find_models(config: Config) -> list[Model]:
+def find_base(config: Config) -> Model:
+    """The base pipeline, over which LoRAs and U-Nets are drawn. Raises UserError if it is none."""
+    base = find_model("base", config.pretrained_model_name_or_path, config)
+    if base.kind != "pipeline":
+        raise UserError(f"pretrained_model_name_or_path: {base.path} is a {base.kind}; expected a diffusers pipeline")
+    return base
+
+
+def find_models(config: Config, base: Model) -> list[Model]:
     """The configured models, then the runs' checkpoints by step. Loads nothing.
 
     Raises UserError for one that is not there, or that is none of KINDS.
     """
-    base = find_model("base", config.pretrained_model_name_or_path, config)
-    if base.kind != "pipeline":
-        raise UserError(f"pretrained_model_name_or_path: {base.path} is a {base.kind}; expected a diffusers pipeline")
     found = []
     for name, path in entries(config.models):
         found.append(find_model(name, path, config) if path else base)
@@ -56,7 +72,7 @@ def find_model(name: str, path: str, config: Config) -> Model:
     """The model behind a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
-        return Model(name, "lora", path, sha256(place))
+        return Model(name, "lora", path, digest := sha256(place), parts={"weights": digest})
     if not place.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
             raise UserError(f"model '{name}': no such file or folder: {path}")
@@ -66,7 +82,23 @@ def find_model(name: str, path: str, config: Config) -> Model:
         hint = "; name the run's checkpoints in runs" if list(place.glob("checkpoint-*")) else ""
         raise UserError(f"model '{name}': {path} holds neither a pipeline, nor {LORA}, nor a U-Net{hint}")
     _check_class(name, kind, place / KINDS[kind])
-    return Model(name, kind, path, _hash_weights(place, kind, config.variant))
+    parts = _hash_parts(place, kind, config.variant)
+    whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Model(name, kind, path, parts.get("weights", whole), parts=parts)
+
+
+def common_parts(base: Model, config: Config) -> dict[str, str]:
+    """What all images of a protocol share, by name: the base's parts, and those of a VAE that replaces its own."""
+    if (vae := config.pretrained_vae_model_name_or_path) is None:
+        return base.parts
+    from ncp.models import identity
+
+    return {**{k: v for k, v in base.parts.items() if k != "vae"}, "replacement VAE": identity(vae, None, "")}
+
+
+def changed_parts(now: dict[str, str], before: dict[str, str]) -> str:
+    """The names of the parts that differ; empty if none does."""
+    return ", ".join(k for k in {**before, **now} if now.get(k) != before.get(k))
 
 
 def find_checkpoints(run: str, folder: Path) -> list[Model]:
@@ -77,7 +109,8 @@ def find_checkpoints(run: str, folder: Path) -> list[Model]:
             manifest = checkpoint / "manifest.json"
             seconds = _json(manifest).get("seconds") if manifest.is_file() else None
             digest = sha256(checkpoint / LORA)
-            found.append(Model(f"{run}@{step}", "lora", str(checkpoint), digest, run, int(step), seconds))
+            own = {"weights": digest}
+            found.append(Model(f"{run}@{step}", "lora", str(checkpoint), digest, run, int(step), seconds, own))
     if not found:
         raise UserError(f"runs: '{run}': no checkpoint-STEP folder with {LORA} in {folder}")
     return sorted(found, key=lambda m: m.step)
@@ -86,7 +119,7 @@ def find_checkpoints(run: str, folder: Path) -> list[Model]:
 def open_pipeline(model: Model, config: Config, device: Any) -> Any:
     """The model as a diffusers pipeline on its device, in the protocol's precision and with its sampler.
 
-    The VAE is in float32 where its config asks for that: SDXL's own overflows in fp16.
+    The VAE, its own or the replacement, is in float32 where its config asks for that: SDXL's own overflows in fp16.
     """
     import diffusers
     import torch
@@ -98,13 +131,16 @@ def open_pipeline(model: Model, config: Config, device: Any) -> Any:
     base = config.pretrained_model_name_or_path
     name = model.path if model.kind == "pipeline" else base
     where = {"revision": config.revision if name == base else None, "variant": config.variant}
+    replacement = config.pretrained_vae_model_name_or_path
+    vae_from = {"pretrained_model_name_or_path": replacement or name}
+    vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, safety_checker=None, **where)
-        if (vae := config.pretrained_vae_model_name_or_path) is not None:
-            pipe.register_modules(vae=diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype))
-        elif pipe.vae.config.get("force_upcast", False):
-            part = {**where, "subfolder": "vae", "dtype": torch.float32}
-            pipe.register_modules(vae=diffusers.AutoencoderKL.from_pretrained(name, **part))
+        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use.
+        parts = {"scheduler": sampler(model, config), "safety_checker": None}
+        upcast = diffusers.AutoencoderKL.load_config(**vae_from).get("force_upcast", True)  # AutoencoderKL's default
+        vae_dtype = torch.float32 if upcast else dtype
+        parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
         if "unet" in model.kind:
             folder = {"subfolder": "unet"} if model.kind == "unet" else {}
             unet = diffusers.UNet2DConditionModel.from_pretrained(model.path, dtype=dtype, **folder)
@@ -116,28 +152,86 @@ def open_pipeline(model: Model, config: Config, device: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # a missing file, other shapes, damaged weights
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model '{model.name}': loading {model.path} over {base} failed: {reason}") from None
-    if config.scheduler != "pipeline":
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def sampler(model: Model, config: Config) -> Any:
+    """The protocol's sampler: one class and one set of settings for all models, the base's where it says `pipeline`.
+
+    What belongs to the weights is a pipeline's own: its noise schedule, and what its U-Net predicts.
+    Raises UserError if the base names no sampler that diffusers has.
+    """
+    import diffusers
+
+    from ncp.models import read_json, scheduler_like
+
+    base = config.pretrained_model_name_or_path
+    settings = read_json(base, SCHEDULER, config.revision)
+    if config.scheduler == "pipeline":
+        changes: dict[str, Any] = {}
+        cls = getattr(diffusers, str(settings.get("_class_name")), None)
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+            raise UserError(f"{base}: {SCHEDULER} names no sampler of diffusers: {settings.get('_class_name')}")
+    else:
         cls, changes = {
             "ddim": (diffusers.DDIMScheduler, {}),
             "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),  # as Stable Diffusion's own config has it
             "euler": (diffusers.EulerDiscreteScheduler, {}),
             "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
         }[config.scheduler]
-        pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    if model.kind == "pipeline" and model.path != base:
+        own = read_json(model.path, SCHEDULER, None)
+        settings = sampler_settings(settings) | {k: v for k, v in own.items() if k in SCHEDULE}
+    return scheduler_like(cls, settings, **changes)
+
+
+def sampler_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler config without what belongs to the weights."""
+    return {k: v for k, v in scheduler.items() if k not in (*SCHEDULE, "_diffusers_version")}
+
+
+def has_a_sampler_of_its_own(model: Model, config: Config) -> bool:
+    """Whether this pipeline's scheduler config names another sampler than the base's, or other settings of it."""
+    from ncp.models import read_json
+
+    base = config.pretrained_model_name_or_path
+    if model.kind != "pipeline" or model.path == base:
+        return False
+    own, bases = read_json(model.path, SCHEDULER, None), read_json(base, SCHEDULER, config.revision)
+    return sampler_settings(own) != sampler_settings(bases)
+
+
+def _hash_parts(folder: Path, kind: str, variant: str | None) -> dict[str, str]:
+    """Hashes of what draws, by part: of a pipeline its components and their configs, else the weights.
+
+    `unet` of a pipeline is of its weight files alone, by which older versions told pipelines apart.
+    """
+    if kind != "pipeline":
+        return {"weights": _hash_weights(folder / "unet" if kind == "unet" else folder, kind, variant)}
+    parts = {"unet": _hash_weights(folder / "unet", kind, variant)}
+    for name, value in _json(folder / KINDS["pipeline"]).items():
+        if isinstance(value, list) and value[0] is not None and name not in UNUSED:
+            weights = _weights(folder / name, variant)
+            files = [f for f in sorted((folder / name).glob("*")) if f.is_file() and f.suffix not in WEIGHTS]
+            files = files if name == "unet" else weights + files
+            key = "unet config" if name == "unet" else name
+            parts[key] = hashlib.sha256("".join(f.name + sha256(f) for f in files).encode()).hexdigest()
+    return parts
 
 
 def _hash_weights(folder: Path, kind: str, variant: str | None) -> str:
-    """One hash over a LoRA's or a U-Net's weight files."""
-    place = {"pipeline": folder / "unet", "unet": folder / "unet"}.get(kind, folder)
-    names = [LORA] if kind == "lora" else ["*.safetensors", "*.bin"]
-    files = sorted(f for name in names for f in place.glob(name))
-    # A folder may hold several variants of the same weights; the one in use counts.
-    files = [f for f in files if variant and f".{variant}." in f.name] or files
+    """One hash over the weight files of a LoRA or a U-Net. Raises UserError if there are none."""
+    files = [f for f in [folder / LORA] if f.is_file()] if kind == "lora" else _weights(folder, variant)
     if not files:
-        raise UserError(f"{place}: no weight files")
+        raise UserError(f"{folder}: no weight files")
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    """Weight files by name. A folder may hold several variants of the same weights; the one in use counts."""
+    files = sorted(f for f in folder.glob("*") if f.suffix in WEIGHTS)
+    return [f for f in files if variant and f".{variant}." in f.name] or files
 
 
 def _on_hub(name: str, repository: str, revision: str | None) -> Model:
@@ -155,9 +249,9 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
             failure = error
         else:
             _check_class(name, kind, path)
-            # .../snapshots/COMMIT/FILE
-            return Model(name, kind, repository, path.parents[len(Path(file).parts) - 1].name)
-        reason = str(failure).splitlines()[0]
+            commit = hub.commit_of(path)
+            return Model(name, kind, repository, commit, parts={"commit": commit})
+        reason = hub.reason(failure)
         raise UserError(f"model '{name}': {repository} is no local folder; the hub gave no {file}: {reason}") from None
     raise UserError(f"model '{name}': the hub's {repository} holds neither a pipeline, nor {LORA}, nor a U-Net")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Config
+from ncp import hub
 from ncp.config import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # tried in this order, whatever their case
@@ -63,9 +64,8 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # many kinds: offline, gated, no such repository
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"prompts: '{name}' is no local file or folder, and the hub did not give it: {reason}"
+            f"prompts: '{name}' is no local file or folder, and the hub did not give it: {hub.reason(error)}"
         ) from None
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.protocol import SCORERS, Config
+from ncp import hub
 from ncp.config import UserError
 
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
@@ -97,8 +98,7 @@ def load_scorer(name: str, config: Config, device: Any) -> Scorer:
     except UserError:
         raise
     except Exception as error:  # a hub that does not answer, a damaged or foreign file: many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"scorer '{name}': loading {source_of(name, config)} failed: {reason}") from None
+        raise UserError(f"scorer '{name}': loading {source_of(name, config)} failed: {hub.reason(error)}") from None
 
 
 def _own_function(name: str) -> Callable:

@@ -223,6 +223,11 @@ class TrainingConfig:
     resolution: int = option(512, low=8, high=16384, doc="side of the square training images, in pixels")
     center_crop: bool = option(True, doc="crop the centre; false: a random place, which cannot be cached")
     random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
+    time_ids: str = option(
+        "image",
+        choices=("image", "fixed"),
+        doc="SDXL's size and crop conditions: each image's own; fixed: a whole image of resolution, as Diffusion-DPO",
+    )
     proportion_empty_prompts: float = option(0.0, low=0, high=1, doc="share of samples trained on the empty prompt")
     corrupt_images: str = option(
         "error", choices=("error", "skip"), doc="stop at an unreadable image, or skip and count"
@@ -317,7 +322,7 @@ class TrainingConfig:
     # pictures
     validation_prompts: list[str] = option([], doc="prompts drawn before and after, with fixed seeds")
     validation_steps: int | None = option(None, low=1, doc="draw every so many steps; null: only at the end")
-    validation_num_inference_steps: int = option(50, low=1, high=1000, doc="sampler steps (DDIM) of validation images")
+    validation_num_inference_steps: int = option(50, low=1, high=999, doc="sampler steps (DDIM) of validation images")
     validation_guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance of validation images")
     validation_seed: int = option(0, low=0, high=2**62, doc="seed of the first validation image; the others count up")
     # sharing

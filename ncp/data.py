@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
+from ncp import hub
 from ncp.config import TrainingConfig, UserError
 from ncp.files import local_files
 from ncp.judgements import Judgements, read_judgements
@@ -161,9 +162,8 @@ def open_pairs(config: TrainingConfig) -> Pairs:
         else:
             table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
     except Exception as error:  # datasets raises many kinds for a hub that does not answer
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {reason}"
+            f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {hub.reason(error)}"
         ) from None
     missing = [c for c in columns if c not in table.column_names]
     if missing:
@@ -268,9 +268,9 @@ class PairDataset(Dataset):
     """Training samples by position n.
 
     Sample: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6) original
-    size, crop, target size in pixels (height before width); `prompt`; `timestep` int64; and standard normal noise
-    float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per image. With a cache, instead
-    of pixels and prompt, what `Cache.pair` gives. Or `error`, a line.
+    size, crop, target size in pixels (height before width), each image's or fixed; `prompt`; `timestep` int64; and
+    standard normal noise float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per image.
+    With a cache, instead of pixels and prompt, what `Cache.pair` gives. Or `error`, a line.
     """
 
     def __init__(
@@ -327,6 +327,9 @@ class PairDataset(Dataset):
                 if config.corrupt_images == "error" or skipped == len(among):
                     return {"error": str(error)}
                 index = among[(index + 1 - among.start) % len(among)]
+        if config.time_ids == "fixed":
+            fixed = [config.resolution, config.resolution, 0, 0, config.resolution, config.resolution]
+            content["time_ids"] = torch.tensor([fixed] * self.images)
         return {
             **content,
             "pair": index,

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ncp.config import TrainingConfig
 from ncp.encoder import DownBlockEncoder, precision_of_f
-from ncp.models import DTYPES, LORA_TARGETS, Description, checkpoint_blocks
+from ncp.models import DTYPES, LORA_TARGETS, Description, checkpoint_blocks, images_per_pass
 
 CONTEXT = 600 << 20  # of CUDA itself: its context and the libraries' workspaces
 FRAGMENTS = 0.05  # of the rest, lost between the allocator's blocks
@@ -156,20 +156,20 @@ def _is_float(value: Any) -> bool:
 
 
 def encoders(config: TrainingConfig, description: Description) -> int:
-    """Weights of VAE and text encoders, and the VAE's own largest moment."""
+    """Weights of VAE and text encoders, and the largest moment of one VAE pass."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
     dtype = DTYPES[config.mixed_precision]
-    upcast = description.vae.get("force_upcast", description.is_xl) and not config.pretrained_vae_model_name_or_path
-    vae_dtype = torch.float32 if upcast else dtype
+    vae_dtype = description.vae_dtype(dtype)
+    images = min(2 * config.train_batch_size, images_per_pass(description.vae, config.resolution))
     with torch.device("meta"), torch.no_grad(), fused_attention():
         vae = AutoencoderKL.from_config(description.vae).to(vae_dtype)
         total = size_of(vae.parameters())
         for text in description.text_encoders:
             total += size_of(CLIPTextModel(CLIPTextConfig(**text)).to(dtype).parameters())
         with Peak() as peak:
-            vae.encode(torch.empty(2 * config.train_batch_size, 3, *2 * [config.resolution], dtype=vae_dtype))
+            vae.encode(torch.empty(images, 3, *2 * [config.resolution], dtype=vae_dtype))
     return total + peak.bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from PIL import Image
 
+from ncp import hub
 from ncp.config import TrainingConfig, UserError
 from ncp.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from ncp.encoder import DownBlockEncoder, frozen_twin, normalize_block, precision_of_f
@@ -32,6 +34,11 @@ from ncp.files import sampled_sha256
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+# Elements of the largest map of one VAE pass. Many kernels count elements with 32 bits, so 2^31 is the end. An eighth
+# of it is four images of 512 x 512 through SD's VAE, or one of 1024 x 1024: 2.5 GiB in float32 (memory.encoders), where
+# the 128 images of a batch of 64 pairs would need 80.
+VAE_ELEMENTS = 1 << 28
+PROMPTS_PER_PASS = 64  # of a text encoder: the widest map of SDXL's larger one has 64 x 77 x 5120 = 2.5e7 elements
 
 
 # ---------------------------------------------------------------- before loading
@@ -68,23 +75,28 @@ class Description:
     def num_timesteps(self) -> int:
         return self.scheduler.get("num_train_timesteps", 1000)
 
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the VAE where the rest is in `dtype`: float32 if its config asks for it, as SDXL's own overflows in fp16.
+
+        A config that says nothing is old: it asks for it in an SDXL pipeline, and not in SD's.
+        """
+        return torch.float32 if self.vae.get("force_upcast", self.is_xl) else dtype
+
 
 def describe(config: TrainingConfig) -> Description:
     """Reads and checks a pipeline's JSON. Raises UserError for one that is missing or that the method cannot use."""
     name = config.pretrained_model_name_or_path
-    index = _read_json(name, "model_index.json", config.revision)
+    index = read_json(name, "model_index.json", config.revision)
     parts = {"unet", "vae", "scheduler", "text_encoder", "tokenizer"}
     if missing := sorted(p for p in parts if not index.get(p) or not index[p][0]):
         raise UserError(f"{name}: the pipeline has no {', '.join(missing)}; expected Stable Diffusion 1.x/2.x or SDXL")
     pipeline = StableDiffusionXLPipeline if index.get("text_encoder_2", [None])[0] else StableDiffusionPipeline
-    unet = _read_json(name, "unet/config.json", config.revision)
-    scheduler = _read_json(name, "scheduler/scheduler_config.json", config.revision)
+    unet = read_json(name, "unet/config.json", config.revision)
+    scheduler = read_json(name, "scheduler/scheduler_config.json", config.revision)
     texts = ["text_encoder", "text_encoder_2"][: 2 if pipeline is StableDiffusionXLPipeline else 1]
-    text_encoders = [_read_json(name, f"{text}/config.json", config.revision) for text in texts]
+    text_encoders = [read_json(name, f"{text}/config.json", config.revision) for text in texts]
     vae_name = config.pretrained_vae_model_name_or_path
-    vae = (
-        _read_json(vae_name, "config.json", None) if vae_name else _read_json(name, "vae/config.json", config.revision)
-    )
+    vae = read_json(vae_name, "config.json", None) if vae_name else read_json(name, "vae/config.json", config.revision)
 
     if index["unet"][1] != "UNet2DConditionModel":
         raise UserError(f"{name}: the denoiser is a {index['unet'][1]}; the method needs a UNet2DConditionModel")
@@ -124,12 +136,13 @@ def describe(config: TrainingConfig) -> Description:
     return description
 
 
-def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+def read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a model folder or of a hub repository. Raises UserError if it is missing or is none."""
     path = Path(name) / file
     if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(f"no such model folder: {name}")
-        path = _from_hub(name, file, revision)
+        path = hub.file_of(name, file, revision)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,23 +152,14 @@ def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
 
 
 def identity(name: str, revision: str | None, part: str) -> str:
-    """Which weights these are: a local folder by its content (sampled), a hub model by its commit."""
+    """Which weights these are: a local folder by its content (sampled), a hub model by its commit.
+
+    part: a component's folder in a pipeline, or "" for a repository that is one component, with its config.json.
+    """
     if Path(name).is_dir():
         return sampled_sha256(p for p in (Path(name) / part).iterdir() if p.is_file())
-    file = _from_hub(name, f"{part}/config.json" if part and "tokenizer" not in part else "model_index.json", revision)
-    commit = file.parts[file.parts.index("snapshots") + 1] if "snapshots" in file.parts else revision
-    return f"{name}@{commit}"
-
-
-def _from_hub(name: str, file: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except Exception as error:  # many kinds: offline, gated, no such repository
-        raise UserError(
-            f"model '{name}' is no local folder, and the hub gave no {file}: {str(error).splitlines()[0]}"
-        ) from None
+    file = hub.file_of(name, "model_index.json" if part else "config.json", revision)
+    return f"{name}@{hub.commit_of(file, revision)}"
 
 
 # ---------------------------------------------------------------- loading
@@ -196,9 +200,10 @@ def load_models(config: TrainingConfig, description: Description, accelerator: A
     diffusers.utils.logging.disable_progress_bar()
     name = config.pretrained_model_name_or_path
     where = {"revision": config.revision, "variant": config.variant, "dtype": DTYPES[accelerator.mixed_precision]}
-    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where).to(accelerator.device)
+    with hub.loading(name):
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where).to(accelerator.device)
     pipe = load_pipe(config, description, accelerator) if config.cached_latents is None else None
-    scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=config.revision)
+    scheduler = scheduler_like(DDPMScheduler, description.scheduler)
     return assemble(config, description, unet, scheduler, pipe, accelerator)
 
 
@@ -273,22 +278,47 @@ def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> 
                 block.compile(dynamic=False)
 
 
+def scheduler_like(kind: type, source: dict[str, Any], **changes: Any) -> Any:
+    """A scheduler of class `kind` over the noise schedule of a pipeline's scheduler config, whatever class that names.
+
+    diffusers' `from_config` fills what the config does not state with the defaults of `kind`, and some of these are
+    not Stable Diffusion's. Key by key:
+
+        clip_sample             False: latents are not bounded by 1, to which DDPM's and DDIM's default would clip them
+        steps_offset            1, as in all of Stable Diffusion's own configs
+        set_alpha_to_one        as stated, else False: DDIM ends at abar of t = 0, as Stable Diffusion's configs say
+        variance_type           as stated; null (DPM-Solver's) or not stated is fixed_small
+        timestep_spacing        as stated, else the default of `kind`
+        thresholding            as stated, else False
+        prediction_type, betas  as stated; all classes have the same defaults
+        rescale_betas_zero_snr  as stated; raises UserError if it is on and `kind` knows no such thing
+
+    For the first two StableDiffusionPipeline sets these values too, with a page of warnings. `changes` come last.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    if source.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise UserError(f"the pipeline's schedule has zero terminal SNR, which {kind.__name__} cannot sample")
+    settings = {"set_alpha_to_one": False, **source, "clip_sample": False, "steps_offset": 1}
+    settings["variance_type"] = source.get("variance_type") or "fixed_small"
+    return kind(**{k: v for k, v in {**settings, **changes}.items() if k in known})
+
+
 def load_pipe(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Any:
     """The pipeline but for its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     name, dtype = config.pretrained_model_name_or_path, DTYPES[accelerator.mixed_precision]
     where = {"revision": config.revision, "variant": config.variant, "dtype": dtype}
-    if config.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path, dtype=dtype)
-    else:
-        # SDXL's own VAE overflows in fp16; its config says so.
-        where_vae = (
-            {**where, "dtype": torch.float32} if description.vae.get("force_upcast", description.is_xl) else where
-        )
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **where_vae)
+    vae_name, vae_dtype = config.pretrained_vae_model_name_or_path, description.vae_dtype(dtype)
     extra = {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
-    pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
+    extra["scheduler"] = scheduler_like(DDIMScheduler, description.scheduler)
+    with hub.loading(vae_name or name):
+        if vae_name:
+            vae = AutoencoderKL.from_pretrained(vae_name, dtype=vae_dtype)
+        else:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **{**where, "dtype": vae_dtype})
+    with hub.loading(name):
+        pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
     pipe.register_modules(vae=vae)
     pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipe.set_progress_bar_config(disable=True)
@@ -317,30 +347,70 @@ def conditions(m: Models, batch: dict[str, Any]) -> dict[str, Any]:
     """The U-Net's keyword arguments for N images of B prompts, the prompts repeated in whole rounds.
 
     encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
-    each image's own time_ids (N, 6): original size, crop and target size in pixels, height before width.
+    the batch's time_ids (N, 6): original size, crop and target size in pixels, height before width. They stay in
+    float32, because bfloat16 makes 1024 of 1023; the U-Net casts their sinusoidal embedding.
     """
     text, pooled = (batch["text"], batch.get("pooled")) if m.pipe is None else embed(m.pipe, batch["prompt"])
     rounds = len(batch["time_ids"]) // len(text)
     kwargs: dict[str, Any] = {"encoder_hidden_states": text.to(m.dtype).repeat(rounds, 1, 1)}
     if pooled is not None:
         pooled = pooled.to(m.dtype).repeat(rounds, 1)
-        kwargs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": batch["time_ids"].to(pooled)}
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": pooled,
+            "time_ids": batch["time_ids"].to(pooled.device, torch.float32),
+        }
     return kwargs
 
 
 @torch.no_grad()
 def vae_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean and log-variance (N, 2C, h, w), in the VAE's dtype, of uint8 (N, 3, H, W)."""
-    return vae.encode((pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist.parameters
+    """Mean and log-variance (N, 2C, h, w), in the VAE's dtype, of uint8 (N, 3, H, W), in passes of bounded size."""
+    parts = pixels.split(images_per_pass(vae.config, max(pixels.shape[-2:])))
+    return torch.cat([vae.encode(_normalized(p, vae)).latent_dist.parameters for p in parts])
+
+
+def _normalized(pixels: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    return (pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+
+
+def images_per_pass(vae: dict[str, Any], side: int) -> int:
+    """How many images of `side` pixels go through a VAE of this config at once, encoded or decoded; at least 1.
+
+    Its maps: level i has block_out_channels[i] channels at side / 2^i, and the decoder brings those of level i + 1 up
+    to the size of level i. The middle block's attention may make a matrix of tokens x tokens.
+    """
+    channels = vae["block_out_channels"]
+    sides = [side / 2**i for i in range(len(channels))]
+    maps = [c * s**2 for c, s in zip(channels, sides, strict=True)]
+    maps += [c * s**2 for c, s in zip(channels[1:], sides[:-1], strict=True)]
+    return max(1, int(VAE_ELEMENTS // max(*maps, sides[-1] ** 4)))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+    """Pictures of scaled latents (N, C, h, w), in the VAE's dtype and in passes of bounded size."""
+    z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    side = max(z.shape[-2:]) * 2 ** (len(vae.config.block_out_channels) - 1)
+    pictures = []
+    for part in z.split(images_per_pass(vae.config, side)):
+        pictures += VaeImageProcessor().postprocess(vae.decode(part).sample.float(), output_type="pil")
+    return pictures
 
 
 @torch.no_grad()
 def embed(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(text (B, S, D), pooled (B, P) for SDXL, else None), in the text encoders' dtype."""
-    outputs = pipe.encode_prompt(
-        prompt=prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return outputs[0], outputs[2] if isinstance(pipe, StableDiffusionXLPipeline) else None
+    """(text (B, S, D), pooled (B, P) for SDXL, else None), in the text encoders' dtype, in passes of bounded size."""
+    outputs = [
+        pipe.encode_prompt(
+            prompt=prompts[i : i + PROMPTS_PER_PASS],
+            device=pipe.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        for i in range(0, len(prompts), PROMPTS_PER_PASS)
+    ]
+    text = torch.cat([o[0] for o in outputs])
+    return text, torch.cat([o[2] for o in outputs]) if isinstance(pipe, StableDiffusionXLPipeline) else None
 
 
 @torch.no_grad()
@@ -362,7 +432,7 @@ def draw(
     pipe: what `load_pipe` gives; unet: the policy or the reference.
     """
     vae, parts = pipe.vae, dict(pipe.components)
-    parts |= {"unet": unet, "scheduler": DDIMScheduler.from_config(models.scheduler.config)}
+    parts |= {"unet": unet, "scheduler": scheduler_like(DDIMScheduler, models.description.scheduler)}
     if not isinstance(pipe, StableDiffusionXLPipeline):
         parts["requires_safety_checker"] = False
     pipe = type(pipe)(**parts)
@@ -380,8 +450,6 @@ def draw(
                 generator=[torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]],
                 output_type="latent",
             ).images
-        # Outside autocast: a VAE that needs float32 gets it.
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        images += VaeImageProcessor().postprocess(vae.decode(latents).sample.float(), output_type="pil")
+        images += decode(vae, latents)  # outside autocast: a VAE that needs float32 gets it
     unet.train(training)
     return images

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTokenizer
 
 import ncp
-from ncp import precision
+from ncp import hub, precision
 from ncp.cache import columns_of
 from ncp.checkpoints import WEIGHTS, read_manifest, save_lora, writing
 from ncp.config import TrainingConfig, UserError
@@ -395,13 +395,8 @@ def finish(
         (folder / "README.md").write_text(model_card(config, models, pairs, method, step, effective), encoding="utf-8")
     accelerator.print(f"wrote {folder / WEIGHTS}")
     if config.push_to_hub:
-        from huggingface_hub import create_repo, upload_folder
-
-        repository = create_repo(
-            config.hub_model_id or folder.name, private=config.hub_private_repo, exist_ok=True
-        ).repo_id
         patterns = [WEIGHTS, "README.md", "config.yaml", "validation/*.png"]
-        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="End of training")
+        hub.upload(folder, config.hub_model_id or folder.name, config.hub_private_repo, patterns)
 
 
 def model_card(config: TrainingConfig, models: Models, pairs: Pairs, method: str, step: int, effective: int) -> str:

@@ -1,6 +1,7 @@
 """evaluate.py on real files: what decides an image, what the steps leave for one another, and what they refuse."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -14,18 +15,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from pipelines import SIDE, save_pipeline, unet
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from evaluation.compare import compare
 from evaluation.generate import generate, seed_of
-from evaluation.models import find_models, open_pipeline
+from evaluation.models import find_base, find_models, open_pipeline, sampler
 from evaluation.prompts import read_prompts
 from evaluation.protocol import SCHEDULERS, Config
 from evaluation.score import score
@@ -240,8 +248,63 @@ def test_a_variant_of_the_weights_is_read(assets, tmp_path):
 def test_a_vae_that_needs_float32_gets_it(assets, tmp_path):
     config = configured(assets, tmp_path, "--pretrained_model_name_or_path", str(assets / "xl"), "--models", "base",
                         "--mixed_precision", "bf16")  # fmt: skip
-    pipe = open_pipeline(find_models(config)[0], config, torch.device("cpu"))
+    pipe = open_pipeline(find_base(config), config, torch.device("cpu"))
     assert pipe.vae.dtype == torch.float32 and pipe.unet.dtype == torch.bfloat16  # force_upcast in its config
+
+
+def test_a_replacement_vae_is_in_the_precision_that_its_config_asks_for(assets, tmp_path):
+    for asks, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        shutil.copytree(assets / "sd" / "vae", tmp_path / str(asks))
+        change(tmp_path / str(asks) / "config.json", force_upcast=asks)
+        extra = ["--pretrained_vae_model_name_or_path", str(tmp_path / str(asks)), "--mixed_precision", "bf16"]
+        config = configured(assets, tmp_path / "out", *extra)
+        pipe = open_pipeline(find_base(config), config, torch.device("cpu"))
+        assert pipe.vae.dtype == dtype and pipe.unet.dtype == torch.bfloat16
+
+
+def change(file: Path, **values) -> None:
+    """Changes keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def save_scheduler(folder: Path, scheduler) -> None:
+    """Replaces a pipeline's scheduler, in the index too, as diffusers would save it."""
+    scheduler.save_pretrained(folder / "scheduler")
+    change(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
+
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def test_the_sampler_of_a_protocol_is_the_bases_for_every_model(assets, tmp_path):
+    """Class and settings of sampling are the base's; the noise schedule and the kind of prediction the pipeline's."""
+    for name in ("base", "same", "v"):
+        shutil.copytree(assets / "sd", tmp_path / name)
+    save_scheduler(tmp_path / "base", PNDMScheduler(**SD15, skip_prk_steps=True, timestep_spacing="trailing"))
+    save_scheduler(tmp_path / "same", EulerDiscreteScheduler(**SD15))
+    own = {**SD15, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    save_scheduler(tmp_path / "v", DPMSolverMultistepScheduler(**own, use_karras_sigmas=True))
+    models = f"base,same={tmp_path / 'same'},v={tmp_path / 'v'},tuned={assets / 'lora'}"
+    extra = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--models", models, "--max_prompts", "1"]
+    config = configured(assets, tmp_path / "out", *extra, "--scheduler", "pipeline", "--batch_size", "1")
+    generate(config)
+    drawn = {name.partition("/")[0]: pixels for name, pixels in images(tmp_path / "out" / "images").items()}
+    assert abs(drawn["base"] - drawn["same"]).max() <= 1  # one and the same weights
+    assert abs(drawn["base"] - drawn["v"]).max() > 8
+
+    found = {m.name: m for m in find_models(config, find_base(config))}
+    for scheduler, cls in (("pipeline", PNDMScheduler), ("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)):
+        config.scheduler = scheduler
+        samplers = {name: sampler(model, config) for name, model in found.items()}
+        assert all(type(s) is cls and s.config.timestep_spacing == "trailing" for s in samplers.values())
+        assert {n: (s.config.prediction_type, s.config.beta_end) for n, s in samplers.items()} == {
+            **dict.fromkeys(("base", "same", "tuned"), ("epsilon", 0.012)), "v": ("v_prediction", 0.02)
+        }  # fmt: skip
+        assert not any(s.config.get("clip_sample") or s.config.get("use_karras_sigmas") for s in samplers.values())
+    change(tmp_path / "base" / "scheduler" / "scheduler_config.json", _class_name="OwnScheduler")
+    config.scheduler = "pipeline"
+    with pytest.raises(UserError, match="names no sampler of diffusers: OwnScheduler"):
+        sampler(found["base"], config)
 
 
 # ---------------------------------------------------------------- what the steps leave
@@ -293,6 +356,109 @@ def test_redrawn_images_are_scored_afresh(assets, out, tmp_path):
     new = {r["file"]: r["score"] for r in pq.read_table(out / "scores.parquet").to_pylist()}
     assert new.keys() == old.keys()
     assert all((new[f] == old[f]) == ("/base/" in f) for f in new)
+
+
+def other_weights(file: Path) -> None:
+    """Another value in a weight file of the same size."""
+    state = load_file(file)
+    key = sorted(state)[0]
+    save_file({**state, key: state[key] + 1}, file)
+
+
+PARTS = {
+    "unet": lambda f: other_weights(f / "unet" / "diffusion_pytorch_model.safetensors"),
+    "vae": lambda f: other_weights(f / "vae" / "diffusion_pytorch_model.safetensors"),
+    "text_encoder": lambda f: other_weights(f / "text_encoder" / "model.safetensors"),
+    "tokenizer": lambda f: change(f / "tokenizer" / "tokenizer_config.json", model_max_length=70),
+    "scheduler": lambda f: change(f / "scheduler" / "scheduler_config.json", timestep_spacing="trailing"),
+    "unet config": lambda f: change(f / "unet" / "config.json", center_input_sample=True),
+}
+
+
+def test_whatever_a_pipeline_draws_with_is_known(assets, tmp_path):
+    """Base, another pipeline and a replacement VAE: each part that changes is refused by name."""
+    for name in ("base", "other"):
+        shutil.copytree(assets / "sd", tmp_path / name)
+    shutil.copytree(assets / "sd" / "vae", tmp_path / "vae")
+    extra = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--max_prompts", "1", "--models"]
+    extra += [f"tuned={assets / 'lora'},other={tmp_path / 'other'}"]
+    config, out = configured(assets, tmp_path / "out", *extra), tmp_path / "out"
+    generate(config)
+    generate(config)  # the same: continues
+    for name, said in {
+        "base": f"{tmp_path / 'base'} has changed since the images in {out} were drawn (PART); restore it, or choose",
+        "other": f"model 'other': the images in {out / 'images' / 'other'} were drawn with other weights "
+        f"({tmp_path / 'other'}; changed: PART); remove that folder, or use another name",
+    }.items():
+        for part, change_it in PARTS.items():
+            shutil.copytree(tmp_path / name, tmp_path / "before")
+            change_it(tmp_path / name)
+            assert said.replace("PART", part) in refused(generate, assets, out, *extra)
+            shutil.rmtree(tmp_path / name)
+            (tmp_path / "before").rename(tmp_path / name)
+    generate(config)
+
+    extra += ["--pretrained_vae_model_name_or_path", str(tmp_path / "vae")]
+    generate(configured(assets, tmp_path / "out-2", *extra))
+    PARTS["vae"](tmp_path / "base")  # which draws nothing here
+    generate(configured(assets, tmp_path / "out-2", *extra))
+    other_weights(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert "were drawn (replacement VAE); restore it" in refused(generate, assets, tmp_path / "out-2", *extra)
+
+
+def as_older_versions_left_it(assets: Path, out: Path) -> None:
+    """No parts, no base; the weights of a pipeline are known by the hash of its U-Net's files."""
+    noted, old = json.loads((out / "protocol.json").read_text()), {}
+    noted.pop("base")
+    for entry in noted["models"].values():
+        parts = entry.pop("parts")
+        old[entry["weights"]] = entry["weights"] = parts.get("unet", entry["weights"])
+    assert (
+        noted["models"]["base"]["weights"]
+        == hashlib.sha256(
+            hashlib.sha256((assets / "sd/unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest().encode()
+        ).hexdigest()
+    )
+    (out / "protocol.json").write_text(json.dumps(noted))
+    for name in ("index.parquet", "scores.parquet"):
+        table = pq.read_table(out / name)
+        rows = [{**r, "weights": old[r["weights"]]} for r in table.to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), out / name)
+
+
+def test_an_older_versions_folder_is_continued(assets, out, tmp_path, capsys, monkeypatch):
+    as_older_versions_left_it(assets, out)
+    scores = pq.read_table(out / "scores.parquet").to_pylist()
+    config = configured(assets, out)
+    generate(config)
+    assert "12 images, 12 of them drawn before" in capsys.readouterr().out
+    monkeypatch.setattr("evaluation.score.load_scorer", lambda *_: pytest.fail("scored again"))
+    score(config)
+    assert pq.read_table(out / "scores.parquet").to_pylist() == scores
+    compare(config)
+    # From now on the parts are noted: what older versions did not see is seen.
+    noted = json.loads((out / "protocol.json").read_text())
+    noted["base"]["vae"] = noted["models"]["base"]["parts"]["vae"] = "another"
+    (out / "protocol.json").write_text(json.dumps(noted))
+    assert "has changed since the images in" in (said := refused(generate, assets, out)) and "(vae)" in said
+
+
+def test_an_older_versions_images_by_another_sampler_are_not_mixed(assets, tmp_path):
+    shutil.copytree(assets / "sd", tmp_path / "other")
+    extra = ["--models", f"base,other={tmp_path / 'other'}", "--scheduler", "pipeline", "--max_prompts", "1"]
+    generate(configured(assets, tmp_path / "out", *extra))
+    file, older = tmp_path / "out" / "protocol.json", {}
+    noted = json.loads(file.read_text())
+    for name, entry in noted["models"].items():
+        older[name] = {**entry, "parts": {}}
+    file.write_text(json.dumps({"protocol": noted["protocol"], "models": older}))
+    generate(configured(assets, tmp_path / "out", *extra))  # the same sampler: nothing is wrong with its images
+    save_scheduler(tmp_path / "other", EulerDiscreteScheduler(**SD15))
+    for name in ("base", "other"):
+        older[name]["weights"] = noted["models"][name]["parts"]["unet"]
+    file.write_text(json.dumps({"protocol": noted["protocol"], "models": older}))
+    said = refused(generate, assets, tmp_path / "out", *extra)
+    assert "model 'other'" in said and "were drawn with its own sampler, by an older version" in said
 
 
 def test_scores_of_a_judge_that_was_added_join_the_others(assets, out):
@@ -671,9 +837,9 @@ def test_models_on_the_hub_are_told_apart(assets, tmp_path, monkeypatch):
     ]
     config = configured(assets, tmp_path / "out", *extra)
     with pytest.raises(UserError, match="model 'c': the hub's x/y holds neither a pipeline"):
-        find_models(config)
+        find_models(config, find_base(config))
     config.models.pop()
-    found = [(m.name, m.kind, m.path, m.weights) for m in find_models(config)]
+    found = [(m.name, m.kind, m.path, m.weights) for m in find_models(config, find_base(config))]
     assert found == [
         ("base", "pipeline", "me/sd", "commit-v2"),
         ("a", "lora", "me/lora", "commit-None"),

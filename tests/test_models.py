@@ -1,14 +1,34 @@
-"""What makes a step smaller or faster leaves its result alone."""
+"""What makes a step smaller or faster leaves its result alone; and what is loaded is what the files say."""
 
+import json
+import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from pipelines import save_dataset, save_pipeline, unet
-from test_scripts import arguments, loaded
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from pipelines import SIDE, save_dataset, save_pipeline, unet
+from safetensors.torch import load_file
+from test_cache import make
+from test_scripts import arguments, loaded, run_here
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import train_ncp_dpo
 import train_ncp_sft
-from ncp import models
+from ncp import cache, data, memory, models
 from ncp.config import UserError, parse
 
 
@@ -16,6 +36,7 @@ from ncp.config import UserError, parse
 def assets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     save_pipeline(folder / "sd")
+    save_pipeline(folder / "xl", xl=True)
     save_dataset(folder / "data" / "train.parquet")
     return folder
 
@@ -101,3 +122,242 @@ def test_an_unknown_block_is_refused(assets, tmp_path):
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, "--checkpointed_blocks", "up9"))
     with pytest.raises(UserError, match="checkpointed_blocks: 'up9' is none of all, down0, down1, down2, encoder"):
         models.describe(config)
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+# As diffusers saves them with SD 1.5's settings: keys that a class does not have are not in its file.
+SAVED = {
+    "PNDM": lambda: PNDMScheduler(**SD15, skip_prk_steps=True),
+    "DPM-Solver++": lambda: DPMSolverMultistepScheduler(**SD15),
+    "DPM-Solver++ without an offset": lambda: DPMSolverMultistepScheduler(**{**SD15, "steps_offset": 0}),
+    "Euler": lambda: EulerDiscreteScheduler(**SD15),
+    "DDPM": lambda: DDPMScheduler(**SD15),  # which says clip_sample: true, its class's default
+}
+
+
+def with_scheduler(source: Path, folder: Path, scheduler, **changes) -> Path:
+    """A copy of a pipeline with this scheduler in its files, keys changed, or left out if they are `...`."""
+    shutil.copytree(source, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    file = folder / "scheduler" / "scheduler_config.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_schedulers_take_no_default_that_is_not_stable_diffusions(tmp_path, case):
+    SAVED[case]().save_pretrained(tmp_path)
+    source = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert ("clip_sample" in source) == (case == "DDPM") and ("set_alpha_to_one" in source) == (case == "PNDM")
+    abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, sample = (models.scheduler_like(kind, source) for kind in (DDPMScheduler, DDIMScheduler))
+    for s in (train, sample):
+        torch.testing.assert_close(s.alphas_cumprod.double(), abar, rtol=1e-5, atol=0)
+        assert (s.config.clip_sample, s.config.thresholding, s.config.steps_offset) == (False, False, 1)
+        assert s.config.prediction_type == "epsilon" and s.config.rescale_betas_zero_snr is False
+        # Stated in the files of all classes; both kinds know all three ways.
+        assert s.config.timestep_spacing == source["timestep_spacing"]
+    assert train.config.variance_type == "fixed_small"  # null in DPM-Solver's file, absent from the others'
+    assert sample.config.set_alpha_to_one is False and sample.final_alpha_cumprod == sample.alphas_cumprod[0]
+
+
+def test_what_a_scheduler_config_states_is_kept():
+    stated = {**SD15, "timestep_spacing": "trailing", "prediction_type": "v_prediction", "thresholding": True}
+    stated |= {"set_alpha_to_one": True, "variance_type": "fixed_large", "rescale_betas_zero_snr": True}
+    sample, train = (models.scheduler_like(kind, stated) for kind in (DDIMScheduler, DDPMScheduler))
+    for key in ("timestep_spacing", "prediction_type", "thresholding", "rescale_betas_zero_snr"):
+        assert sample.config[key] == train.config[key] == stated[key]
+    assert sample.config.set_alpha_to_one is True and train.config.variance_type == "fixed_large"
+    with pytest.raises(UserError, match="zero terminal SNR, which PNDMScheduler cannot sample"):
+        models.scheduler_like(PNDMScheduler, stated)
+
+
+@pytest.mark.parametrize(("model", "case"), [("xl", "PNDM"), ("sd", "DPM-Solver++ without an offset")])
+def test_validation_pictures_are_stable_diffusions_ddim_without_a_warning(assets, tmp_path, model, case):
+    """Against a pipeline put together by hand; latents of noise of variance 1 exceed 1, where clipping would show."""
+    folder = with_scheduler(assets / model, tmp_path / "m", SAVED[case]())
+    config = parse(train_ncp_sft.Config, arguments(assets, tmp_path / "o", model=str(folder)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        m, _ = loaded(config, losers=False)
+        settings = {"resolution": SIDE, "num_inference_steps": 4, "guidance_scale": 3.0, "accelerator": Accelerator()}
+        (picture,) = models.draw(m, m.pipe, m.reference, ["a cat"], [7], **settings)
+    pipe = DiffusionPipeline.from_pretrained(assets / model)
+    spacing = "leading" if case == "PNDM" else "linspace"
+    pipe.scheduler = DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False, timestep_spacing=spacing)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("a cat", height=SIDE, width=SIDE, num_inference_steps=4, guidance_scale=3.0,
+                    generator=torch.Generator().manual_seed(7)).images[0]  # fmt: skip
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
+    clipped = DDIMScheduler(**SD15, clip_sample=True, set_alpha_to_one=False, timestep_spacing=spacing)
+    pipe.scheduler = clipped
+    other = pipe("a cat", height=SIDE, width=SIDE, num_inference_steps=4, guidance_scale=3.0,
+                 generator=torch.Generator().manual_seed(7)).images[0]  # fmt: skip
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(other)).max() > 8
+
+
+def test_no_variance_type_is_fixed_small_in_a_run(assets, tmp_path, monkeypatch):
+    """DPM-Solver's files say null: the same weights come out as with the word."""
+    ends = {}
+    for name, value in {"word": "fixed_small", "null": None}.items():
+        scheduler = DDPMScheduler(**SD15, clip_sample=False)
+        folder = with_scheduler(assets / "sd", tmp_path / name, scheduler, variance_type=value)
+        # Timesteps far apart, where the noise of the variance counts.
+        extra = ["--timestep_offset", "400", "--max_train_steps", "1"]
+        argv = arguments(assets, tmp_path / f"out-{name}", *extra, model=str(folder))
+        run_here("sft", argv, monkeypatch)
+        ends[name] = load_file(tmp_path / f"out-{name}" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(v, ends["word"][k]) for k, v in ends["null"].items())
+
+
+# ---------------------------------------------------------------- VAE and text encoders
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made inside the block had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+@pytest.fixture(scope="module")
+def sd_vae() -> AutoencoderKL:
+    """SD's and SDXL's VAE, in shapes only."""
+    with torch.device("meta"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("side", "images"), [(512, 4), (1024, 1)])
+def test_a_vae_pass_stays_far_below_two_to_the_31_elements(sd_vae, side, images):
+    """What the maps of a real pass have, shapes only; the attention of SDXL's 16,384 tokens counted as a matrix."""
+    assert models.images_per_pass(sd_vae.config, side) == images
+    pixels = torch.empty(2 * images + 1, 3, side, side, dtype=torch.uint8, device="meta")
+    with torch.no_grad():
+        with Largest() as one:
+            sd_vae.encode(pixels[:1].float())
+            sd_vae.decode(torch.empty(1, 4, side // 8, side // 8, device="meta"))
+        with Largest() as largest:
+            moments = models.vae_moments(sd_vae, pixels)
+    assert moments.shape == (2 * images + 1, 8, side // 8, side // 8)
+    assert largest.elements <= models.VAE_ELEMENTS == 2**28 and images * one.elements <= models.VAE_ELEMENTS
+    assert (images + 1) * one.elements > models.VAE_ELEMENTS  # none is smaller than it need be
+    assert models.images_per_pass(sd_vae.config, 16384) == 1
+
+
+def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, monkeypatch):
+    config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, model="xl"))
+    m, _ = loaded(config, losers=False)
+    vae, sizes = m.pipe.vae, []
+    pixels = torch.randint(0, 256, (7, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(7, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(1))
+    prompts = [f"prompt {i}" for i in range(7)]
+    singly = [torch.cat([models.vae_moments(vae, p[None]) for p in pixels])]
+    singly += [torch.cat(parts) for parts in zip(*(models.embed(m.pipe, [p]) for p in prompts), strict=True)]
+    pictures = [models.decode(vae, x[None])[0] for x in z]
+    # The largest map of this VAE is its attention's, 16 x 16 tokens squared: room for three images.
+    monkeypatch.setattr(models, "VAE_ELEMENTS", 3 * (SIDE // 2) ** 4)
+    monkeypatch.setattr(models, "PROMPTS_PER_PASS", 3)
+    for module in (vae.encoder, vae.decoder, m.pipe.text_encoder, m.pipe.text_encoder_2):
+        module.register_forward_hook(lambda _, args, kwargs, __: sizes.append(len([*args, *kwargs.values()][0])),
+                                     with_kwargs=True)  # fmt: skip
+    together = [models.vae_moments(vae, pixels), *models.embed(m.pipe, prompts)]
+    for one, other in zip(together, singly, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for one, other in zip(models.decode(vae, z), pictures, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    assert sizes == [3, 3, 1, *[3, 3, 3, 3, 1, 1], 3, 3, 1]
+
+
+def test_the_estimate_of_memory_knows_the_passes(assets, monkeypatch, tmp_path):
+    def foreseen(batch: int) -> int:
+        config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "--train_batch_size", str(batch)))
+        return memory.encoders(config, models.describe(config))
+
+    monkeypatch.setattr(models, "VAE_ELEMENTS", 4 * (SIDE // 2) ** 4)
+    assert foreseen(1) < foreseen(2) == foreseen(64)  # 2, 4 and 128 images, of which four at once
+    monkeypatch.setattr(models, "VAE_ELEMENTS", 1 << 28)
+    assert foreseen(64) > 2 * foreseen(2)
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_a_replacement_vae_is_in_float32_if_its_config_asks_for_it(assets, tmp_path, model):
+    """A config that does not say is an old one: in an SDXL pipeline it overflows in half precision, in SD's not."""
+    kept = {}
+    for asks, expected in ((True, torch.float32), (False, torch.bfloat16), (None, None)):
+        folder = tmp_path / str(asks)
+        shutil.copytree(assets / model / "vae", folder)
+        content = json.loads((folder / "config.json").read_text())
+        content["force_upcast"] = asks
+        if asks is None:
+            del content["force_upcast"]
+        (folder / "config.json").write_text(json.dumps(content))
+        extra = ["--pretrained_vae_model_name_or_path", str(folder), "--mixed_precision", "bf16"]
+        config = parse(train_ncp_sft.Config, arguments(assets, tmp_path / "o", *extra, model=model))
+        description = models.describe(config)
+        for state in (AcceleratorState, PartialState):
+            state._reset_state()
+        pipe = models.load_pipe(config, description, Accelerator(mixed_precision="bf16"))
+        expected = expected or (torch.float32 if model == "xl" else torch.bfloat16)
+        assert pipe.vae.dtype == expected and next(pipe.text_encoder.parameters()).dtype == torch.bfloat16
+        kept[asks] = memory.encoders(config, description)
+    assert kept[True] > kept[False] and kept[None] == kept[model == "xl"]
+
+
+# ---------------------------------------------------------------- SDXL's size conditions
+
+
+def test_size_conditions_keep_every_pixel_in_half_precision(assets, tmp_path):
+    """In bfloat16 1023 is 1024. The sinusoids of the two differ, and so do policy, reference and encoder."""
+    config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "--mixed_precision", "bf16", model="xl"))
+    m, batch = loaded(config, losers=True)
+    assert torch.tensor(1023.0).bfloat16() == torch.tensor(1024.0).bfloat16()
+    outputs = []
+    for height in (1023, 1024):
+        ids = torch.tensor([[height, 1024, 0, 0, 1024, 1024]] * 4)
+        c = models.conditions(m, {**batch, "time_ids": ids})
+        assert c["added_cond_kwargs"]["time_ids"].dtype == torch.float32
+        assert c["added_cond_kwargs"]["time_ids"].tolist() == ids.tolist()
+        x, t = torch.ones(4, 4, SIDE // 2, SIDE // 2), torch.tensor([500] * 4)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = m.encoder(x, timestep=t, **c)
+            outputs.append([features, m.unet(x, t, **c).sample, m.reference(x, t, **c).sample])
+    assert all(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_fixed_size_conditions_are_a_whole_image_of_the_resolution(assets, tmp_path):
+    """From pixels and from a cache, for training and held-out pairs, winners and losers; nothing else changes."""
+    make(assets, tmp_path / "cache", model="xl")
+    whole = [SIDE, SIDE, 0, 0, SIDE, SIDE]
+    for extra in ([], ["--cached_latents", str(tmp_path / "cache")]):
+        samples = {}
+        for ids in ("image", "fixed"):
+            argv = arguments(assets, tmp_path / "o", "--time_ids", ids, "--heldout_pairs", "2", *extra, model="xl")
+            config = parse(train_ncp_dpo.Config, argv)
+            description, pairs = models.describe(config), data.open_pairs(config)
+            opened = cache.open_cache(config, description, pairs)
+            dataset = data.PairDataset(config, pairs, (4, 16, 16), 1000, True, opened)
+            samples[ids] = [dataset[3], dataset.heldout(1)]
+        for image, fixed in zip(*samples.values(), strict=True):
+            assert fixed["time_ids"].tolist() == [whole, whole]
+            assert fixed["time_ids"].dtype == image["time_ids"].dtype == torch.int64
+            assert image["time_ids"][0].tolist() != image["time_ids"][1].tolist()  # the images' sizes differ
+            others = [k for k, v in image.items() if torch.is_tensor(v) and k != "time_ids"]
+            assert len(others) >= 5 and all(torch.equal(image[k], fixed[k]) for k in others)

@@ -286,7 +286,7 @@ OPTIONS = [
     ["--use_8bit_adam", "false", "--use_ema", "true"],
     ["--proportion_empty_prompts", "1", "--center_crop", "--random_flip", "false"],
     ["--checkpoints_total_limit", "1", "--checkpointing_steps", "1", "--max_train_samples", "3"],
-    ["--deterministic", "--ddp_timeout", "60", "--max_train_hours", "1"],
+    ["--deterministic", "--ddp_timeout", "60", "--max_train_hours", "1", "--time_ids", "fixed"],
 ]
 
 
