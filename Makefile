@@ -48,7 +48,7 @@ $(CARD): $(DEMO)/filtered/manifest.json | $(DEMO)/forecast.txt
 	$(call end,2)
 
 # Pictures and scores that are there already stay.
-EVALUATE := --config configs/eval_tiny.yaml --models base,tuned=$(DEMO)/lora --output_dir $(DEMO)
+EVALUATE := --config configs/eval_tiny.yaml
 
 $(DEMO)/index.parquet: $(CARD) | $(DEMO)/forecast.txt
 	$(call begin,3,draw the held-out prompts with both models)
