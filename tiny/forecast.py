@@ -2,20 +2,20 @@
 
     python -m tiny.forecast output/demo/forecast.txt      one line per step, as the Makefile shows it
 
-Measured, on random data: loading Python's packages and the model; `ncp_dpo` forward and backward on 8 pairs; one pass
-of the U-Net without a gradient, and of the VAE's decoder, on 32 pictures; the oracle on 32 pictures. Each twice, and the
-second counts: the first also fetches memory and chooses kernels, which a whole step does once.
+Measured on random data: loading Python's packages and the model; `ncp_dpo` on 8 pairs, with and without its backward
+pass; the U-Net and the VAE's decoder on 32 pictures; the oracle on 32 pictures. Each twice, and the second counts: the
+first also fetches memory and chooses kernels, which a whole step does once.
 
-    filter    one start
-    train     two starts (the run's own, and its data and first step) + pairs trained x time of a pair
-              + pairs looked at (held out) x forward share of a pair + validation pictures
-    draw      one start per model + pictures x (sampler steps x rows per step x time of a row + decoding)
+    filter    a start
+    train     two starts (loading; the data and the first step) + pairs trained x time of one
+              + looks at the held-out pairs x their number x time of one + validation pictures
+    draw      a start per model + pictures x (sampler steps x rows x time of a row + time of decoding)
     judge     two starts + pictures x judges x time of the oracle
 
-What is left out is small: reading images, writing files, the intervals. The order is right on any machine; the figures
-hold to about a third, and for the machine as busy as it is during the measurement.
+Left out, because small: reading images, writing files, intervals. For the machine as busy as it is just now.
 """
 
+# ruff: noqa: E402 (the clock starts before the imports, which are measured too)
 from __future__ import annotations
 
 import time
@@ -63,7 +63,7 @@ def random_batch(m: models.Models, config: train_ncp_dpo.Config) -> dict[str, An
 
 
 def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
-    """Seconds: `start`, and per unit a trained `pair`, one only `looked` at, a U-Net `row`, a `decoded` picture, one `judged`."""
+    """Seconds of a `start`, a trained `pair`, one `looked` at, a U-Net's `row`, a picture `decoded`, one `judged`."""
     accelerator = training.make_accelerator(config)
     m = models.load_models(config, models.describe(config), accelerator)
     start = time.perf_counter() - BEGAN
