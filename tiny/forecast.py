@@ -125,7 +125,6 @@ def main() -> None:
     each = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in expected.items())
     took = time.perf_counter() - BEGAN - unit["start"]
     print(f"about {in_words(sum(expected.values()))} on this machine, by a measurement of {took:.0f} s: {each}")
-    print("; ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in unit.items()))
 
 
 if __name__ == "__main__":
