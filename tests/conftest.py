@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-LEFT_OUT = pytest.StashKey[list]()
+LEFT_OUT: dict[str, None] = {}  # ids of tests, in order
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +24,29 @@ def browser():
         instance.close()
 
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of `-n auto` (make test): one for each core that this process may use. Each takes up to 2 GB of memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
+
+
+def pytest_collection_modifyitems(items):
     left_out = [] if BROWSER else [item for item in items if "browser" in item.fixturenames]
-    config.stash[LEFT_OUT] = left_out
+    LEFT_OUT.update(dict.fromkeys(item.nodeid for item in left_out))
     items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    for item in config.stash.get(LEFT_OUT, []):
-        terminalreporter.write_line(f"LEFT OUT, no Chromium found (apt-get install chromium): {item.nodeid}")
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # in a worker of pytest-xdist: the main process has collected nothing
+        session.config.workeroutput["left_out"] = list(LEFT_OUT)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    LEFT_OUT.update(dict.fromkeys(getattr(node, "workeroutput", {}).get("left_out", [])))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name in LEFT_OUT:
+        terminalreporter.write_line(f"LEFT OUT, no Chromium found (apt-get install chromium): {name}")

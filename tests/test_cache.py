@@ -194,7 +194,7 @@ def test_an_interrupted_cache_is_continued(assets, tmp_path, monkeypatch, capsys
 
 def test_two_launched_processes_write_the_cache_of_one(assets, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = arguments(assets, tmp_path / "o", "--cached_latents", str(tmp_path / "c"))
     done = launch("cache_latents.py", argv, *two)
     assert done.returncode == 0, done.stderr

@@ -151,7 +151,7 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(assets, drawn, tmp_
     (tmp_path / "few.txt").write_text("\n".join([PROMPTS[3], PROMPTS[1]]), encoding="utf-8")
     generate(configured(assets, tmp_path / "single", "--batch_size", "1"))
     generate(configured(assets, tmp_path / "few", "--prompts", str(tmp_path / "few.txt"), "--samples_per_prompt", "2"))
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = arguments(assets, tmp_path / "two", "--batch_size", "5")
     done = launch(["generate", *argv], *two, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr

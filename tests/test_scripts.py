@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import checkpoints, data, models, training
+from ncp import checkpoints, data, memory, models, training
 from ncp.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +59,11 @@ def launch(script: str, argv: list[str], *prefix: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
-def run_here(kind: str, argv: list[str], monkeypatch, **replacements) -> dict:
-    """The script's main() in this process, which saves its imports; returns what it hands to `finish`."""
+def run_here(kind: str, argv: list[str], monkeypatch, foresee: bool = False, **replacements) -> dict:
+    """The script's main() in this process, which saves its imports; returns what it hands to `finish`.
+
+    Without `foresee` it leaves out the estimate of memory, which takes as long as all the rest of such a run.
+    """
     for state in (AcceleratorState, PartialState):
         state._reset_state()
     held: dict = {}
@@ -71,6 +74,8 @@ def run_here(kind: str, argv: list[str], monkeypatch, **replacements) -> dict:
         finish(config, m, *rest)
 
     monkeypatch.setattr(training, "finish", spy)
+    if not foresee:
+        monkeypatch.setattr(memory, "foresee", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
     for name, value in replacements.items():
         monkeypatch.setattr(SCRIPTS[kind], name, value)
@@ -227,7 +232,7 @@ def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path, mon
     run_here("dpo", arguments(assets, tmp_path / "one", *extra, "--train_batch_size", "4"), monkeypatch)
     split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch("train_ncp_dpo.py", arguments(assets, tmp_path / "two", *extra, *split), *two)
     assert done.returncode == 0, done.stderr
     assert "1 x 2 accumulation x 2 processes" in done.stdout
@@ -294,7 +299,7 @@ OPTIONS = [
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_every_value_of_every_option_runs(assets, tmp_path, monkeypatch, kind, extra):
     model = "xl" if kind == "cpo" else "sd-v" if kind == "sft" else "sd"
-    held = run_here(kind, arguments(assets, tmp_path / "out", *extra, model=model), monkeypatch)
+    held = run_here(kind, arguments(assets, tmp_path / "out", *extra, model=model), monkeypatch, foresee=True)
     assert all(v.isfinite().all() for v in checkpoints.lora_state(held["models"].unet).values())
     if "--checkpoints_total_limit" in extra:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
