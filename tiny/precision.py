@@ -147,7 +147,7 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], tree: dict[str, Any])
 
 @dataclass
 class Outcome:
-    """Of one step, float64: PL (2B,) or (B,) under the policy; logit (B,), DPO and CPO; flat gradient of the mean loss."""
+    """Of one step, float64: PL (2B,) or (B,) of the policy; logit (B,) but for SFT; flat gradient of the mean loss."""
 
     distance: torch.Tensor
     logit: torch.Tensor | None
