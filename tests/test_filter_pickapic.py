@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support import python
 
 import filter_pickapic as fp
 from ncp.config import UserError, parse, run
@@ -392,13 +391,7 @@ def write_shards(folder: Path, rows: list[dict], shards: int = 1, group: int = 3
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "filter_pickapic.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    return python("filter_pickapic.py", *arguments, HF_HUB_OFFLINE="1")
 
 
 def filtered(source: Path, output: Path, *arguments: object) -> dict:
