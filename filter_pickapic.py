@@ -27,8 +27,9 @@ x > z need not have been judged. If it was not, the row is made up: the columns 
 image 0 and z, from the row that holds it, as image 1; labels 1 and 0; user_id null; ranking_id ~r (negative)
 for x > y's r.
 
-What cannot be right is dropped and counted by kind (`decide`). Two rows that agree in all nine columns are
-one judgement: the first is used, in order of file name. The counts in `manifest.json` add up to the input;
+What cannot be right is dropped and counted by kind (`decide`), before wins are counted. Two rows that agree in
+all nine columns are one judgement: the first is used, in order of file name. The authors of the method do not
+look at `best_image_uid`; `best_image_uid: ignore` does as they do. The counts in `manifest.json` add up to the input;
 `report.html` shows them, and samples of what was kept and removed, to a person. docs/filtering.md has figures.
 """
 
@@ -60,6 +61,7 @@ import ncp
 from ncp import filter_report
 from ncp.config import UserError, option, parse, run
 from ncp.files import files_of_split, local_files, sha256
+from ncp.judgements import read_judgements
 from ncp.lock import is_empty, one_writer
 
 T = TypeVar("T")
@@ -77,7 +79,6 @@ DECISION = {
     "label_1": "a number",
     "ranking_id": "an integer",
 }
-TEXTS = [name for name, kind in DECISION.items() if kind == "text"]
 ROWS_PER_GROUP = 100  # of an output file with images: about 35 MB of Pick-a-Pic
 READ_ROWS = 8  # of images at a time
 LOOK_AHEAD = 64  # such reads, so that the writer has something to do while the next pages are decoded
@@ -97,6 +98,11 @@ class Config:
     min_wins: int = option(1, low=1, doc="Wins that an absolute winner needs (x_y rules: at least 2 in any case)")
     pairs_per_winner: str = option(
         "latest", choices=("latest", "all"), doc="absolute_winners: each winner's latest pair, or all of them"
+    )
+    best_image_uid: str = option(
+        "check",
+        choices=("check", "ignore"),
+        doc="Rows whose best_image_uid is not the winner's: drop them before wins are counted, or go by the labels",
     )
     min_games_per_prompt: int = option(1, low=1, doc="Drop prompts with fewer games, ties included")
     created_from: str | None = option(None, doc="Drop judgements before this ISO date or time (UTC)")
@@ -125,6 +131,7 @@ class Decision:
 
     The two rows are the same unless the pair was never judged. row, loser_row (P,) int64; first_wins (rows,) bool;
     why (rows,) int8: 0 for a kept row, else 1 + the position of its reason in `dropped`, which counts rows by reason.
+    contradicting: valid games whose best_image_uid is not the winner's, dropped or used.
     """
 
     games: Games
@@ -133,6 +140,7 @@ class Decision:
     first_wins: np.ndarray
     why: np.ndarray
     dropped: dict[str, int]
+    contradicting: int
     prompts: int
     images: int
     digest: str
@@ -172,30 +180,27 @@ def decide(table: pa.Table, config: Config) -> Decision:
     Every dropped row has one reason, the first that applies of: duplicate_ranking_id (again, with other content: none
     of them is used), duplicate_row, missing_caption, missing_uid, missing_ranking_id, missing_created_at,
     outside_created_at, other_model, unlabeled (has_label is not true), malformed_labels (no 1/0, 0/1 or 0.5/0.5),
-    same_image, contradictory_best_image_uid (a decisive row; an empty one or 'none' says nothing),
-    too_few_games_for_prompt, tie, and the rule's own.
+    same_image, contradictory_best_image_uid (a decisive row; an empty one or 'none' says nothing; not if the config
+    says ignore), too_few_games_for_prompt, tie, and the rule's own. Raises UserError for text that is no UTF-8.
     """
-    with ThreadPoolExecutor(1) as thread:
-        of_captions = thread.submit(codes, table["caption"])
-        uid, uids = codes(table["image_0_uid"], table["image_1_uid"], table["best_image_uid"])
-        caption, captions = of_captions.result()
-    uid_0, uid_1, best = uid.reshape(3, -1)
+    try:
+        said = read_judgements(table)
+    except pa.ArrowInvalid:
+        raise UserError(f"{config.dataset_name}: a caption or uid is not valid UTF-8") from None
+    caption, uid_0, uid_1 = said.caption, said.uid_0, said.uid_1
+    first_wins, tie, faults = said.first_wins, said.tie, said.faults
     created, no_time = integers(table["created_at"].cast(pa.timestamp("ns")))
     ranking, no_ranking = integers(table["ranking_id"])
-    labeled = pc.fill_null(table["has_label"], False).to_numpy()
-    label_0, label_1 = (pc.cast(table[c], pa.float64()).to_numpy() for c in ("label_0", "label_1"))
-    blank_caption, blank_uid = blank(captions), blank(uids)
-    first_wins, second_wins = (label_0 == 1) & (label_1 == 0), (label_0 == 0) & (label_1 == 1)
-    tie = (label_0 == 0.5) & (label_1 == 0.5)
 
     funnel = Funnel(np.zeros(table.num_rows, np.int8))
-    labels = [np.nan_to_num(label, nan=-1) for label in (label_0, label_1)]
-    content = [ranking, caption, created, no_time, labeled, uid_0, uid_1, best, *labels]
+    labels = [np.nan_to_num(label, nan=-1) for label in (said.label_0, said.label_1)]
+    best = [said.best] if config.best_image_uid == "check" else []
+    content = [ranking, caption, created, no_time, said.labeled, uid_0, uid_1, *best, *labels]
     conflict, again = duplicates(content, ~no_ranking)
     funnel.drop(conflict, "duplicate_ranking_id")
     funnel.drop(again, "duplicate_row")
-    funnel.drop(blank_caption[caption], "missing_caption")
-    funnel.drop(blank_uid[uid_0] | blank_uid[uid_1], "missing_uid")
+    funnel.drop(faults["missing_caption"], "missing_caption")
+    funnel.drop(faults["missing_uid"], "missing_uid")
     funnel.drop(no_ranking, "missing_ranking_id")
     funnel.drop(no_time, "missing_created_at")
     lowest, highest = time_ns(config.created_from, "created_from"), time_ns(config.created_before, "created_before")
@@ -206,16 +211,15 @@ def decide(table: pa.Table, config: Config) -> Decision:
         known = pa.array(config.models, pa.string())
         both = [pc.is_in(table[c].cast(pa.string()), value_set=known).to_numpy() for c in ("model_0", "model_1")]
         funnel.drop(~(both[0] & both[1]), "other_model")
-    funnel.drop(~labeled, "unlabeled")
-    funnel.drop(~(first_wins | second_wins | tie), "malformed_labels")
-    funnel.drop(uid_0 == uid_1, "same_image")
-    says_nothing = blank_uid | pc.equal(pc.utf8_lower(uids), "none").to_numpy(zero_copy_only=False)
-    contradicts = ~tie & ~says_nothing[best] & (best != np.where(first_wins, uid_0, uid_1))
-    funnel.drop(contradicts, "contradictory_best_image_uid")
-    per_prompt = np.bincount(caption[funnel.kept()], minlength=len(captions))
+    for reason in ("unlabeled", "malformed_labels", "same_image"):
+        funnel.drop(faults[reason], reason)
+    contradicts = faults["contradictory_best_image_uid"] & funnel.kept()
+    if config.best_image_uid == "check":
+        funnel.drop(contradicts, "contradictory_best_image_uid")
+    per_prompt = np.bincount(caption[funnel.kept()], minlength=len(said.captions))
     funnel.drop(per_prompt[caption] < config.min_games_per_prompt, "too_few_games_for_prompt")
 
-    key = np.concatenate([caption, caption]).astype(np.int64) * len(uids) + np.concatenate([uid_0, uid_1])
+    key = np.concatenate([caption, caption]).astype(np.int64) * len(said.uids) + np.concatenate([uid_0, uid_1])
     encoded = pc.dictionary_encode(pa.array(key))
     image_0, image_1 = encoded.indices.to_numpy().astype(np.int64).reshape(2, -1)
     winner, loser = np.where(first_wins, image_0, image_1), np.where(first_wins, image_1, image_0)
@@ -227,7 +231,10 @@ def decide(table: pa.Table, config: Config) -> Decision:
     digest = hashlib.sha256(np.stack([ranking[row], ranking[loser_row], first_wins[row], created[row]]).tobytes())
     written = np.concatenate([np.where(first_wins, uid_0, uid_1)[row], np.where(first_wins, uid_1, uid_0)[loser_row]])
     prompts, images = (int((np.bincount(found) > 0).sum()) for found in (caption[row], written))
-    return Decision(games, row, loser_row, first_wins, funnel.why, funnel.dropped, prompts, images, digest.hexdigest())
+    return Decision(
+        games, row, loser_row, first_wins, funnel.why, funnel.dropped, int(contradicts.sum()), prompts, images,
+        digest.hexdigest(),
+    )  # fmt: skip
 
 
 @dataclass
@@ -325,21 +332,9 @@ def duplicates(content: list[np.ndarray], comparable: np.ndarray) -> tuple[np.nd
     return conflict, again
 
 
-def codes(*columns: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """(codes (rows of all columns,) int32, values): text as positions in its distinct values; null is ''."""
-    kind = pa.dictionary(pa.int32(), pa.string())
-    chunks = [pa.array([""]).dictionary_encode(), *(c.cast(kind) for column in columns for c in column.chunks)]
-    chunks = pa.chunked_array(chunks, kind).unify_dictionaries().chunks  # '' is code 0 now
-    return np.concatenate([c.indices.fill_null(0).to_numpy() for c in chunks])[1:], chunks[0].dictionary
-
-
 def integers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """(values (rows,) int64 with 0 for null, whether null (rows,) bool)."""
     return pc.fill_null(column.cast(pa.int64()), 0).to_numpy(), column.is_null().to_numpy()
-
-
-def blank(values: pa.Array) -> np.ndarray:
-    return pc.equal(pc.utf8_trim_whitespace(values), "").to_numpy(zero_copy_only=False)
 
 
 def time_ns(text: str | None, name: str) -> int | None:
@@ -440,6 +435,8 @@ def open_shards(config: Config) -> tuple[list[Shard], str | None]:
 def check_schema(shard: Shard, config: Config) -> None:
     """Raises UserError if a needed column is missing or of a wrong type."""
     needed = dict(DECISION) | ({"model_0": "text", "model_1": "text"} if config.models is not None else {})
+    if config.best_image_uid == "ignore" and "best_image_uid" not in shard.schema.names:
+        del needed["best_image_uid"]
     if not config.metadata_only:
         needed |= dict.fromkeys(IMAGES, "binary")
     kinds = {
@@ -764,6 +761,7 @@ def request(shards: list[Shard], decision: Decision, commit: str | None, config:
             "input": len(decision.why),
             "dropped": decision.dropped,
             "kept": len(decision.row) - made_up,
+            "contradictory_best_image_uid": decision.contradicting,
         },
         "pairs": {
             "total": len(decision.row),
@@ -814,6 +812,8 @@ def summary(wanted: dict[str, Any]) -> str:
     lines += [("- " + reason.replace("_", " "), count) for reason, count in rows["dropped"].items() if count]
     lines += [("= rows kept", rows["kept"])] + [("+ made up", pairs["made_up"])] * bool(pairs["made_up"])
     lines += [("= pairs", pairs["total"]), ("prompts", pairs["unique_prompts"]), ("images", pairs["images"])]
+    if wanted["options"]["best_image_uid"] == "ignore":
+        lines.append(("! used despite best image uid", rows["contradictory_best_image_uid"]))
     return "\n".join(f"{name:34} {count:>11,}" for name, count in lines)
 
 
@@ -828,8 +828,9 @@ def saying_what_cannot_be_written(folder: Path) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, description=__doc__)
     shards, commit = open_shards(config)
-    columns = [*DECISION, *(["model_0", "model_1"] if config.models is not None else [])]
-    table = read_columns(shards, columns, config, dictionaries=TEXTS)
+    columns = [c for c in DECISION if c in shards[0].schema.names]
+    columns += ["model_0", "model_1"] if config.models is not None else []
+    table = read_columns(shards, columns, config, dictionaries=[c for c in columns if DECISION.get(c) == "text"])
     decision = decide(table, config)
     wanted = request(shards, decision, commit, config)
     if not len(decision.row):

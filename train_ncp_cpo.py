@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from ncp import checkpoints, data, memory, models, training
 from ncp.cache import open_cache
 from ncp.config import TrainingConfig, option, parse, run
-from ncp.ddpm import abar_at, add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import displacement, step_length
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import displacement
 from ncp.guard import Guard, HeldOut
 from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square
 
@@ -49,9 +49,8 @@ def ncp_cpo(
         t_prev = previous(t, config.k)
         target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
         f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
-        length = config.secant_length or step_length(m.encoder.unet.dtype, abar_at(m.scheduler, t_prev))
         x = [reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z)]
-        (loss_theta,) = map(mean_square, displacement(f, x, target, config.secant, length))  # eq. 12, 13
+        (loss_theta,) = map(mean_square, displacement(f, x, target, m.secant, config.secant_length))  # eq. 12, 13
 
     return cpo_loss(*loss_theta.chunk(2), beta=config.beta, lam=config.lam)  # eq. 15
 

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from ncp import checkpoints, data, memory, models, training
 from ncp.cache import open_cache
 from ncp.config import TrainingConfig, option, parse, run
-from ncp.ddpm import abar_at, add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import displacement, step_length
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.encoder import displacement
 from ncp.guard import Guard, HeldOut
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
 
@@ -52,9 +52,10 @@ def ncp_dpo(
         t_prev = previous(t, config.k)
         target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
         f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
-        length = config.secant_length or step_length(m.encoder.unet.dtype, abar_at(m.scheduler, t_prev))
         x = [reverse_step(m.scheduler, e, t, t_prev, x_t, z) for e in (eps_theta, eps_ref)]
-        loss_theta, loss_ref = map(mean_square, displacement(f, x, target, config.secant, length))  # eq. 12, 13
+        loss_theta, loss_ref = map(
+            mean_square, displacement(f, x, target, m.secant, config.secant_length)
+        )  # eq. 12, 13
 
     return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
 

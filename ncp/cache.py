@@ -63,16 +63,13 @@ def sizes(config: TrainingConfig, description: Description) -> dict[str, int]:
 def contents(pairs: Pairs) -> tuple[dict[str, pa.Array], np.ndarray]:
     """({"images": distinct uids, "prompts": distinct prompts}, row and side (images, 2) where each image is first).
 
-    In the order in which the rows name them, the empty prompt first. Raises UserError for an image without a uid.
+    In the order in which the rows name them, the empty prompt first.
     """
     table = columns_of(pairs, ["caption", "image_0_uid", "image_1_uid"])
     uids = np.empty((len(table), 2), dtype=object)
     for side in (0, 1):
         uids[:, side] = table[f"image_{side}_uid"].to_numpy()
     uid = pa.array(uids.ravel(), pa.string())
-    if uid.null_count:
-        row = int(np.flatnonzero(uid.is_null().to_numpy(zero_copy_only=False))[0]) // 2
-        raise UserError(f"{pairs.source(int(pairs.rows[row]))}: an image without a uid; a cache knows images by uid")
     encoded = pc.dictionary_encode(uid)
     _, first = np.unique(encoded.indices.to_numpy(), return_index=True)
     places = np.stack([pairs.rows[first // 2], first % 2], axis=1)

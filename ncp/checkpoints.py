@@ -182,7 +182,9 @@ def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path
     made = {**read_yaml(checkpoint / "config.yaml"), **read_manifest(checkpoint).get("inputs", {})}
     wanted = {**asdict(config), **inputs}
     keys = [k for k in {**made, **wanted} if k not in MAY_CHANGE and made.get(k) != wanted.get(k)]
-    return ", ".join(f"{k} {made.get(k)} (this run: {wanted.get(k)})" for k in keys)
+    # A digest alone does not say what differs.
+    note = {"training pairs": "; other data, or a version that chose otherwise which pairs train and are held out"}
+    return ", ".join(f"{k} {made.get(k)} (this run: {wanted.get(k)}{note.get(k, '')})" for k in keys)
 
 
 # ---------------------------------------------------------------- writing and reading

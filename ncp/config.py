@@ -216,13 +216,15 @@ class TrainingConfig:
     )
     # data
     dataset_name: str = option(doc="folder of Pick-a-Pic parquet shards, one parquet file, or a hub id of that schema")
-    dataset_split: str = option("train", doc="split: shards whose file name starts with it, or the hub's split")
+    dataset_split: str = option("train", doc="split: files or folders named for it, or the hub's split")
     cache_dir: str | None = option(None, doc="where downloads and the memory-mapped copy of the dataset go")
     cached_latents: str | None = option(
         None, doc="folder that cache_latents.py wrote with this config; null: encode images and prompts at every step"
     )
     max_train_samples: int | None = option(None, low=1, doc="use only the first pairs, for a quick try")
-    heldout_pairs: int = option(0, low=0, doc="pairs that never train, evenly spaced, to watch the run by; 0: none")
+    heldout_pairs: int = option(
+        0, low=0, doc="pairs whose prompts and images never train, evenly spaced, to watch the run by; 0: none"
+    )
     resolution: int = option(512, low=8, high=16384, doc="side of the square training images, in pixels")
     center_crop: bool = option(True, doc="crop the centre; false: a random place, which cannot be cached")
     random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
@@ -242,10 +244,12 @@ class TrainingConfig:
     )
     timestep_offset: str = option("1", doc="k of t' = t - k, or x0 to compare predictions of the clean sample")
     secant: str = option(
-        "auto", doc="auto: a derivative, right in half precision; a number s: that secant, 1 being eq. 13 as printed"
+        "auto",
+        doc="auto: eq. 13 as printed in float32, a derivative that is right in half precision otherwise; a number s: "
+        "that secant, 1 being eq. 13 as printed",
     )
-    secant_length: float | None = option(
-        None, above=0, doc="step length of secant auto, in latent standard deviations; null: by precision and timestep"
+    secant_length: float = option(
+        0.02, above=0, doc="step length of secant auto in half precision, in latent standard deviations"
     )
     # optimisation
     output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")
@@ -276,9 +280,13 @@ class TrainingConfig:
     torch_compile: bool = option(False, doc="compile transformer and ResNet blocks: a slower start, faster steps")
     channels_last: bool = option(False, doc="store convolution weights channels-last, which suits GPUs' half precision")
     mixed_precision: str = option(
-        "bf16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
+        "fp16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
     )
-    allow_tf32: bool = option(True, doc="TF32 on Ampere and later GPUs where float32 remains")
+    allow_tf32: bool = option(
+        True,
+        doc="TF32 on Ampere and later GPUs where half precision leaves float32 (SDXL's VAE); mixed_precision no is "
+        "float32 throughout",
+    )
     deterministic: bool = option(
         False, doc="only kernels that give the same bits every time on the same hardware and software; slower"
     )

@@ -24,13 +24,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from ncp.config import TrainingConfig, UserError
 from ncp.files import local_files
+from ncp.judgements import Judgements, read_judgements
 from ncp.processes import end_with_parent
 
 if TYPE_CHECKING:
     from ncp.cache import Cache
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
-KINDS = {"caption": "text", "image": "text", "label": "number", "jpg": "binary"}  # by the first word of the name
+OPTIONAL = ("has_label", "best_image_uid")  # looked at where a dataset has them
+KINDS = {  # by the first word of the name
+    "caption": "text",
+    "image": "text",
+    "best": "text",
+    "label": "number",
+    "has": "true or false",
+    "jpg": "binary",
+}
+DROPPED = {  # the faults of `Judgements` in words
+    "missing_caption": "without a caption",
+    "missing_uid": "without an image's uid",
+    "unlabeled": "without a label",
+    "malformed_labels": "with labels other than 1 and 0, 0 and 1, 0.5 and 0.5",
+    "same_image": "of an image against itself",
+    "contradictory_best_image_uid": "whose best_image_uid is not the winner's",
+    "tie": "ties",
+}
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers can do more than read pixels
 ORDER, SAMPLE, HELDOUT = 0, 1, 2  # streams of randomness
 
@@ -38,12 +56,16 @@ ORDER, SAMPLE, HELDOUT = 0, 1, 2  # streams of randomness
 # ---------------------------------------------------------------- reading
 
 
-def check_columns(files: list[Path], columns: tuple[str, ...] = COLUMNS) -> list[int]:
-    """Rows per parquet file. Raises UserError naming the first file that is unreadable or lacks a column."""
+def check_columns(files: list[Path], columns: tuple[str, ...]) -> tuple[list[int], list[str]]:
+    """(rows per parquet file, the OPTIONAL columns that they have).
+
+    Raises UserError naming the first file that is unreadable, or lacks a column or an optional one of the first's.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = []
+    rows: list[int] = []
+    optional: list[str] = []
     for file in files:
         try:
             metadata = pq.read_metadata(file)
@@ -54,8 +76,13 @@ def check_columns(files: list[Path], columns: tuple[str, ...] = COLUMNS) -> list
             raise UserError(
                 f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}"
             )
+        has = [c for c in OPTIONAL if c in metadata.schema.names]
+        if rows and has != optional:
+            odd = ", ".join(sorted(set(has) ^ set(optional)))
+            raise UserError(f"{file}: column {odd} is there in some files and missing in others, such as {files[0]}")
         rows.append(metadata.num_rows)
-    return rows
+        optional = has
+    return rows, optional
 
 
 def check_kinds(table: Any, name: str) -> None:
@@ -66,6 +93,7 @@ def check_kinds(table: Any, name: str) -> None:
         "text": lambda t: pt.is_string(t) or pt.is_large_string(t),
         "number": lambda t: pt.is_floating(t) or pt.is_integer(t),
         "binary": lambda t: pt.is_binary(t) or pt.is_large_binary(t),
+        "true or false": pt.is_boolean,
     }
     for field in table.features.arrow_schema:
         if not tests[kind := KINDS[field.name.split("_")[0]]](field.type):
@@ -77,7 +105,7 @@ class Pairs:
     """Decisive judgements of a dataset: `rows` of `table`, whose winner is image `winner` (0 or 1).
 
     The last `heldout` of them never train and are not in its length. `source(row)` names where a row came from.
-    `dropped` counts what does not train, by reason. `manifest` is that of filter_pickapic.py, if it made the dataset.
+    `dropped` counts the other rows of `table`, by reason. `manifest` is filter_pickapic.py's, if it made the dataset.
     """
 
     table: Any
@@ -108,10 +136,10 @@ class Pairs:
 
 
 def open_pairs(config: TrainingConfig) -> Pairs:
-    """The decisive pairs of the configured dataset; ties and unlabeled rows never train.
+    """The decisive pairs of the configured dataset; rows that filter_pickapic.py would call faulty never train.
 
     With `cached_latents` the image columns are not read and need not be there. Raises UserError if the dataset is
-    missing or unreadable, lacks a column, differs from its manifest, or has no decisive pair.
+    missing or unreadable, lacks a column, differs from its manifest, or has too few decisive pairs.
     """
     import datasets
     import pyarrow as pa
@@ -119,7 +147,7 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     columns = tuple(c for c in COLUMNS if config.cached_latents is None or not c.startswith("jpg"))
     local = local_files(config.dataset_name, config.dataset_split)
     files = list(local.values()) if local else None
-    file_rows = check_columns(files, columns) if files else []
+    file_rows, optional = check_columns(files, columns) if files else ([], [])
     manifest = read_manifest(Path(config.dataset_name)) if files else None
     datasets.disable_progress_bars()
     try:
@@ -129,7 +157,7 @@ def open_pairs(config: TrainingConfig) -> Pairs:
                 data_files={"train": [str(f) for f in files]},
                 split="train",
                 cache_dir=config.cache_dir,
-                columns=list(columns),
+                columns=[*columns, *optional],
             )
         else:
             table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
@@ -141,31 +169,53 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     missing = [c for c in columns if c not in table.column_names]
     if missing:
         raise UserError(f"{config.dataset_name}: column {', '.join(missing)} is missing; expected {', '.join(columns)}")
-    table = table.select_columns(list(columns))
+    table = table.select_columns([*columns, *(c for c in OPTIONAL if c in table.column_names)])
     check_kinds(table, config.dataset_name)
+    texts = table.select_columns([c for c in table.column_names if not c.startswith("jpg")]).with_format("arrow")[:]
+    if manifest and manifest["options"].get("best_image_uid") == "ignore" and "best_image_uid" in texts.column_names:
+        texts = texts.drop_columns(["best_image_uid"])
     try:
-        rows, winner, dropped = decisive(
-            table.select_columns([c for c in columns if not c.startswith("jpg")]).with_format("numpy")
-        )
-    except (UnicodeDecodeError, pa.ArrowException):
+        said = read_judgements(texts)
+    except pa.ArrowInvalid:
         raise UserError(f"{config.dataset_name}: a caption or uid is not valid UTF-8") from None
+    rows, winner, dropped = decisive(said)
     if not len(rows):
         reasons = ", ".join(f"{v} {k}" for k, v in dropped.items())
         raise UserError(f"{config.dataset_name}: not a single decisive pair among {len(table)} rows ({reasons})")
-    if config.heldout_pairs >= len(rows):
+    caption, images = said.caption[rows], np.stack([said.uid_0, said.uid_1], axis=1)[rows]
+    train, held = hold_out(caption, images, config.heldout_pairs)
+    if not len(train):
         raise UserError(
-            f"heldout_pairs is {config.heldout_pairs}; {config.dataset_name} has {len(rows)} decisive pairs"
+            f"heldout_pairs is {config.heldout_pairs}; {config.dataset_name} has {len(rows)} decisive pairs of "
+            f"{len(np.unique(caption))} prompts; beside so many held-out prompts and their images none is left to train"
         )
-    order = training_first(len(rows), config.heldout_pairs, config.max_train_samples)
-    return Pairs(
-        table, rows[order], winner[order], files or [], file_rows, dropped, manifest, heldout=config.heldout_pairs
-    )
+    order = np.concatenate([train[: config.max_train_samples], held])
+    left_out = {
+        "set aside with a prompt or image that is held out": len(rows) - len(train) - len(held),
+        "beyond max_train_samples": len(train) + len(held) - len(order),
+    }
+    dropped |= {reason: count for reason, count in left_out.items() if count}
+    table = table.select_columns(list(columns))
+    return Pairs(table, rows[order], winner[order], files or [], file_rows, dropped, manifest, heldout=len(held))
 
 
-def training_first(count: int, heldout: int, most: int | None) -> np.ndarray:
-    """Indices of the training pairs (the first `most` of them), then of the evenly spaced held-out ones."""
-    held = (np.arange(heldout) * 2 + 1) * count // (2 * max(heldout, 1))
-    return np.concatenate([np.setdiff1d(np.arange(count), held)[:most], held])
+def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training pairs, held-out pairs), indices of pairs that share neither a caption nor an image.
+
+    caption (P,) and images (P, 2) are integer codes. Held out is the middle pair of each of `count` captions, evenly
+    spaced in order of first appearance. The other pairs of these captions or images are in neither set. With as many
+    captions as that or fewer, no pair is left to train, and none is held out.
+    """
+    captions, first = np.unique(caption, return_index=True)
+    if count >= len(captions):
+        return np.arange(0), np.arange(0)
+    spaced = (2 * np.arange(count) + 1) * len(captions) // (2 * max(count, 1))
+    chosen = captions[np.argsort(first)][spaced]
+    by_caption = np.argsort(caption, kind="stable")
+    begin, end = (np.searchsorted(caption[by_caption], chosen, side) for side in ("left", "right"))
+    held = by_caption[(begin + end) // 2]
+    shared = np.isin(caption, chosen) | np.isin(images, images[held]).any(axis=1)
+    return np.flatnonzero(~shared), held
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -200,23 +250,16 @@ def describe_manifest(manifest: dict[str, Any]) -> str:
     )
 
 
-def decisive(metadata: Any) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(row numbers, winner 0 or 1, dropped counts by reason) of rows that say which of two images is better."""
-    label = np.stack([np.asarray(metadata[c], dtype=np.float64) for c in ("label_0", "label_1")], axis=1)
-    uid = [np.asarray(metadata[c], dtype=object) for c in ("image_0_uid", "image_1_uid")]
-    text = np.array([bool(c) for c in metadata["caption"]])
-    won = np.stack([(label == [1, 0]).all(1), (label == [0, 1]).all(1)])
-    tie = (label == 0.5).all(1)
-    same = uid[0] == uid[1]
-    keep = won.any(0) & ~same & text
-    dropped = {
-        "ties": int(tie.sum()),
-        "without a label": int((~tie & ~won.any(0)).sum()),
-        "of an image against itself": int((won.any(0) & same).sum()),
-        "without a caption": int((won.any(0) & ~same & ~text).sum()),
-    }
-    rows = np.nonzero(keep)[0]
-    return rows, won[1][rows].astype(np.int64), {k: v for k, v in dropped.items() if v}
+def decisive(said: Judgements) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(row numbers, winner 0 or 1, counts of the other rows by their first fault) of rows that name a better image."""
+    left = np.ones(len(said.tie), bool)
+    dropped = {}
+    for reason, hit in {**said.faults, "tie": said.tie}.items():
+        if count := int((hit & left).sum()):
+            dropped[DROPPED[reason]] = count
+        left &= ~hit
+    rows = np.flatnonzero(left)
+    return rows, (~said.first_wins[rows]).astype(np.int64), dropped
 
 
 # ---------------------------------------------------------------- samples

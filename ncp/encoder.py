@@ -1,15 +1,20 @@
-"""The perceptual encoder f: the frozen downsampling half of the U-Net, without a second copy of its weights."""
+"""The perceptual encoder f: the frozen downsampling half of the U-Net, and the small differences of its features."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 Features = torch.Tensor | tuple[torch.Tensor, ...]
+
+# Of `displacement` in float16, in latent standard deviations. Measured on the embedded and on random U-Nets in the
+# layouts of SD 1.5 and SDXL (docs/precision.md): shorter, rounding shows; longer, f's curvature does.
+STEP_LENGTH = 0.02
 
 
 def frozen_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -29,8 +34,10 @@ class DownBlockEncoder(nn.Module):
     """f(x_t', c, t') of the paper: `conv_in`, the embeddings and the down blocks of a frozen U-Net.
 
     Call: encoder(sample (N, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), added_cond_kwargs)
-    -> the chosen block's output (N, C', H', W'), or a tuple of them in the order of `blocks`, in the
+    -> the chosen block's output (N, C', H', W') float32, or a tuple of them in the order of `blocks`, computed in the
     weights' dtype. N is a multiple of B: the conditions repeat. Gradients flow to `sample`; the weights have none.
+    In float16 each sample's gradient passes through at a scale of its own, so that it neither underflows nor overflows
+    whatever the objective's weights are.
     """
 
     def __init__(self, unet: UNet2DConditionModel, blocks: Sequence[int | str]):
@@ -39,11 +46,17 @@ class DownBlockEncoder(nn.Module):
         self.blocks = tuple(blocks)
 
     @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel, blocks: Sequence[int | str] = ("last",)) -> DownBlockEncoder:
+    def from_unet(
+        cls,
+        unet: UNet2DConditionModel,
+        blocks: Sequence[int | str] = ("last",),
+        dtype: torch.dtype | None = None,
+    ) -> DownBlockEncoder:
         """An encoder over `unet`'s own storage; make it before adapters are added.
 
         blocks: down-block indices (0 is the first; text such as "0" will do), "last", or "mid"; the feature of
-        a block is what it hands to the next one. Raises ValueError for a block that is not there.
+        a block is what it hands to the next one. dtype: another than the weights' costs a copy of the encoder's part
+        of them. Raises ValueError for a block that is not there.
         """
         blocks = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
         if not blocks or len(set(blocks)) < len(blocks):
@@ -53,6 +66,8 @@ class DownBlockEncoder(nn.Module):
             del twin.down_blocks[max(blocks) + 1 :]
             twin.mid_block = None
         twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
+        if dtype not in (None, twin.dtype):
+            twin = copy.deepcopy(twin).to(dtype)
         return cls(twin, blocks)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -67,6 +82,10 @@ class DownBlockEncoder(nn.Module):
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
     ) -> Features:
         unet, dtype, rounds = self.unet, self.unet.dtype, len(sample) // len(timestep)
+        scale: dict[str, torch.Tensor] = {}
+        scaled = dtype == torch.float16 and sample.requires_grad
+        if scaled:
+            sample = _Enter.apply(sample.float(), scale)
         sample, text = sample.to(dtype), encoder_hidden_states.to(dtype).repeat(rounds, 1, 1)
         timestep, added = (
             timestep.repeat(rounds),
@@ -91,8 +110,50 @@ class DownBlockEncoder(nn.Module):
         if unet.mid_block is not None:
             attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
             outputs["mid"] = unet.mid_block(h, emb, **attends)
-        chosen = tuple(outputs[b] for b in self.blocks)
+        chosen = tuple(outputs[b].float() for b in self.blocks)
+        if scaled:
+            chosen = _Leave.apply(scale, *chosen)
         return chosen[0] if len(chosen) == 1 else chosen
+
+
+class _Leave(torch.autograd.Function):
+    """The identity of features (N, ...). Backward, each sample's gradient is brought to a largest element near 1."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: dict[str, torch.Tensor], *blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.scale = scale
+        return tuple(block.view_as(block) for block in blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        largest = torch.stack([g.abs().flatten(1).amax(1) for g in gradients]).amax(0)
+        # A power of two, which rounds nothing; a sample without a gradient keeps its zeros.
+        ctx.scale["s"] = torch.exp2(torch.log2(largest.clamp_min(2.0**-100)).floor())
+        return None, *(g / ctx.scale["s"].view(-1, *[1] * (g.ndim - 1)) for g in gradients)
+
+
+class _Enter(torch.autograd.Function):
+    """The identity of the sample (N, C, H, W); backward it undoes the scale that `_Leave` chose."""
+
+    @staticmethod
+    def forward(ctx: Any, sample: torch.Tensor, scale: dict[str, torch.Tensor]) -> torch.Tensor:
+        ctx.scale = scale
+        return sample.view_as(sample)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.scale["s"].view(-1, 1, 1, 1), None
+
+
+def precision_of_f(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """What f is computed in, for a U-Net whose weights are in `weights` on `device`.
+
+    float32 and float16 stay. bfloat16 is too coarse for differences as small as eq. 13's (docs/precision.md); on a GPU
+    float16 is as fast, and on a CPU float32 is.
+    """
+    if weights != torch.bfloat16:
+        return weights
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def normalize_block(block: int | str, count: int) -> int | str:
@@ -111,61 +172,45 @@ def displacement(
     x: Sequence[torch.Tensor],
     target: torch.Tensor,
     secant: float | str = "auto",
-    length: float | torch.Tensor = 0.008,
+    length: float = STEP_LENGTH,
 ) -> list[Features]:
     """f(x) - f(target), float32, for each x (B, C, H, W) a small step d = x - target away; gradient to x alone.
 
-    One DDPM step with the predicted and with the true noise differ by 0.4% to 2% of the noise error, at or below the
-    rounding of half precision, so the plain difference is mostly rounding. "auto" takes the derivative of f along d:
+    secant 1 is eq. 13 as printed, and exact in float32. One DDPM step with the predicted and with the true noise differ
+    by 0.4% to 2% of the noise error, which is at or below the rounding of half precision. "auto" is for an f in half
+    precision. It takes the difference over a longer step about the same midpoint, and the gradient at x itself:
 
-        value      (f(target + s d) - f(target - s d)) / 2s,   s = length / rms(d) per sample
-        gradient   of f at target + s d, where no difference is taken
+        value      (f(m + s d / 2) - f(m - s d / 2)) / s,   m = target + d / 2,   s = length / rms(d) per sample
+        gradient   of f at x
 
-    The step is long enough for half precision, and even orders of f's curvature cancel. Where d is that long already
-    (large timestep offsets, x0) it is the plain difference, eq. 13. A number s is the one-sided secant
-    (f(target + s d) - f(target)) / s; secant 1 is eq. 13 as printed. Several blocks give several differences.
+    Even orders of f's curvature cancel in the value. Where d is that long already (large timestep offsets, x0), s = 1,
+    and it is eq. 13. A number s above 1 is the one-sided secant (f(target + s d) - f(target)) / s, with the gradient at
+    its far end. Several blocks give several differences.
 
     Every call of f has B rows: in one batch they would round differently, and equal x would not give equal results.
     """
-    steps = [xi - target for xi in x]
     if secant == "auto":
-        lengths = [d.detach().square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12) for d in steps]
-        s = [(length / norm).clamp_min(1) for norm in lengths]
-        back = [(si > 1).float() for si in s]
-        behind = [target - bi * si * d.detach() for bi, si, d in zip(back, s, steps, strict=True)]
-    else:
-        s = [torch.full_like(target[:, :1, :1, :1], float(secant)) for _ in steps]
-        back, behind = [torch.zeros_like(si) for si in s], [target]
-    # The value of target + s d, with d's own gradient: scaled by s it would underflow or overflow in float16.
-    ahead = [target + si * d.detach() + (d - d.detach()) for si, d in zip(s, steps, strict=True)]
-
-    frozen = [a for a in ahead if not a.requires_grad]
+        return [_central(f, xi, target, length) for xi in x]
+    s = float(secant)
     with torch.no_grad():
-        fixed = [f(point) for point in behind + frozen]
-    behind_f, frozen_f = fixed[: len(behind)] * (len(x) // len(behind)), iter(fixed[len(behind) :])
-    moved = []
-    for a, q, si, bi in zip(ahead, behind_f, s, back, strict=True):
-        p = f(a) if a.requires_grad else next(frozen_f)
-        scale = si * (1 + bi)
-        moved.append(_each(lambda p, q, scale=scale: _value_and_gradient(p.float(), q.float(), scale), p, q))
-    return moved
+        origin = f(target)
+    # The value of target + s d with d's own gradient: scaled by s it would overflow in float16.
+    ahead = [target + s * (xi - target).detach() + (xi - xi.detach()) if s != 1 else xi for xi in x]
+    return [_each(lambda p, q: _value_and_gradient((p.detach() - q) / s, p), f(a), origin) for a in ahead]
 
 
-def _value_and_gradient(p: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(p - q) / scale, with scale one number per sample, and the gradient of p alone, unscaled."""
-    value = (p.detach() - q) / scale.view(-1, *[1] * (p.ndim - 1))
-    return value + (p - p.detach()) if p.requires_grad else value
+def _central(f: Callable[[torch.Tensor], Features], x: torch.Tensor, target: torch.Tensor, length: float) -> Features:
+    with torch.no_grad():
+        middle, d = (target + x) / 2, x - target
+        s = (length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
+        ahead, behind = (f(middle + sign * s / 2 * d) for sign in (1, -1))
+        value = _each(lambda p, q: (p - q) / s.view(-1, *[1] * (p.ndim - 1)), ahead, behind)
+    return _each(_value_and_gradient, value, f(x)) if x.requires_grad else value
 
 
-def step_length(dtype: torch.dtype, abar: torch.Tensor) -> torch.Tensor:
-    """The `length` of `displacement` that suits an encoder in `dtype` at noise levels abar (B, 1, 1, 1), same shape.
-
-    Long enough for the rounding, short enough for f's curvature, which is stronger at high noise. Fitted on the
-    embedded pipeline (tiny/precision.py), where any of 0.006 to 0.01 will do in float16.
-    """
-    if dtype == torch.bfloat16:
-        return (0.0105 + 0.0145 * abar.sqrt()).float()
-    return torch.full_like(abar, 0.008, dtype=torch.float32)
+def _value_and_gradient(value: torch.Tensor, f_x: torch.Tensor) -> torch.Tensor:
+    """`value` with the gradient of `f_x`."""
+    return value + (f_x - f_x.detach()) if f_x.requires_grad else value
 
 
 def _each(operation: Callable[..., torch.Tensor], *features: Features) -> Features:

@@ -11,28 +11,65 @@ from ncp.config import UserError
 
 SAMPLE_BYTES = 1 << 16
 
-# Names that say a file belongs to some split other than train.
-SPLITS = r"(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?:_\w+)?"
+# Words that name a split, as the datasets library has them.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+NUMBER = re.compile(r"\d*|of")  # 00000_of_00002
+
+
+def splits_of(name: str, split: str) -> set[str]:
+    """The splits that a file's path (with /) names, `split` among them if that stands in it as a word.
+
+    Words end where letters and digits do; case and a number behind them say nothing. `data/pickapic-train-0.parquet`
+    names train, `0000.validation_unique.parquet` a split of its own, validation_unique.
+    """
+    rest, asked = re.subn(rf"(?<!\w){re.escape(split)}(?!\w)", " ", name.lower().removesuffix(".parquet"))
+    found = [split] if asked else []
+    for token in re.findall(r"\w+", rest):
+        inside = False
+        for part in token.split("_"):
+            word = re.sub(r"(?<=[a-z])(set)?\d*$", "", part)
+            if word in SPLITS:
+                found.append(SPLITS[word])
+                inside = True
+            elif inside and not NUMBER.fullmatch(part):
+                found[-1] += f"_{part}"
+    return set(found)
 
 
 def files_of_split(names: Iterable[str], split: str, dataset_name: str) -> list[str]:
     """The names (relative, with /) of the split's files, sorted: those named for it, or all if none is for any split.
 
-    `train-…` and `train/…` are named for train; `test_unique-…` is not named for test, but a split of its own.
-    Raises UserError if none is left.
+    A name of no split is left out beside a folder of named ones, but unclear inside it, and so is a name of this and of
+    another split. Raises UserError, with what was found, if anything is unclear or no file is left.
     """
+    wanted = SPLITS.get(split.lower(), split.lower())
     visible = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
-
-    def named_for(name: str, pattern: str) -> bool:
-        return any(re.fullmatch(rf"(?:{pattern})(?:[-.].*)?", part) for part in name.split("/"))
-
-    chosen = [n for n in visible if named_for(n, re.escape(split))]
-    if not chosen and split == "train" and not any(named_for(n, SPLITS) for n in visible):
-        chosen = visible
-    if not chosen:
-        what = f"parquet files for split '{split}'" if visible else "parquet files"
-        raise UserError(f"dataset_name: no {what} in {dataset_name}")
-    return chosen
+    if not visible:
+        raise UserError(f"dataset_name: no parquet files in {dataset_name}")
+    found = {name: splits_of(name, wanted) for name in visible}
+    if wanted == "train" and not any(found.values()):
+        return visible
+    folder = {name: name.rpartition("/")[0] for name in visible}
+    with_names = {folder[name] for name in visible if found[name]}
+    unclear = any((wanted in s and len(s) > 1) or (not s and folder[n] in with_names) for n, s in found.items())
+    chosen = [name for name in visible if found[name] == {wanted}]
+    if chosen and not unclear:
+        return chosen
+    kinds: dict[str, list[str]] = {}
+    for name in visible:
+        kinds.setdefault(" and ".join(sorted(found[name])) or "no split in the name", []).append(name)
+    shown = "; ".join(
+        f"{kind}: {', '.join(files[:3])}" + f" and {len(files) - 3} more" * (len(files) > 3)
+        for kind, files in sorted(kinds.items())
+    )
+    raise UserError(
+        f"dataset_name: {'unclear which are the' if unclear else 'no'} parquet files for split '{split}' in "
+        f"{dataset_name} ({shown}); rename them, give a file or a folder of one split, or set dataset_split"
+    )
 
 
 def local_files(dataset_name: str, split: str) -> dict[str, Path] | None:

@@ -177,8 +177,21 @@ def funnel(rows: dict[str, Any], pairs: dict[str, Any]) -> str:
     note = f"Looked for and not found: {text(', '.join(none))}. " if none else ""
     if pairs["made_up"]:
         note += f"{pairs['made_up']:,} further pairs were made up from rows that hold their images. "
+    note += best_note(rows["contradictory_best_image_uid"], rows["dropped"])
     note += "Blue is what is left, orange what a reason took; each row is counted once, under the first that applies."
     return f"<div class=scroll><table class=funnel>{''.join(lines)}</table></div><p class=note>{note}</p>"
+
+
+def best_note(count: int, dropped: dict[str, int]) -> str:
+    """What became of games whose best_image_uid is not the winner's."""
+    if not count:
+        return ""
+    fate = (
+        "were dropped before wins were counted (best_image_uid: ignore uses them, as the authors of the method do)"
+        if "contradictory_best_image_uid" in dropped
+        else "were used as the labels say (best_image_uid: check drops them)"
+    )
+    return f"Games whose best_image_uid is not that of the image that the labels prefer: {count:,}; they {fate}. "
 
 
 def heat_map(findings: Findings) -> str:

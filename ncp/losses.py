@@ -60,9 +60,9 @@ def cpo_loss(policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: f
     return -F.logsigmoid(logit) + lam * policy_w, _detached(metrics)
 
 
-def sft_loss(policy_w: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-    """Supervised fine-tuning on winners: their diffusion loss itself, (B,)."""
-    return policy_w, _detached({"policy_w": policy_w})
+def sft_loss(policy_w: torch.Tensor, weight: float) -> tuple[torch.Tensor, Metrics]:
+    """Supervised fine-tuning on winners: their diffusion loss times `weight`, (B,)."""
+    return weight * policy_w, _detached({"policy_w": policy_w})
 
 
 def _preference(logit: torch.Tensor, policy_w: torch.Tensor, policy_l: torch.Tensor) -> Metrics:

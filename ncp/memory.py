@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ncp.config import TrainingConfig
-from ncp.encoder import DownBlockEncoder
+from ncp.encoder import DownBlockEncoder, precision_of_f
 from ncp.models import DTYPES, LORA_TARGETS, Description, checkpoint_blocks
 
 CONTEXT = 600 << 20  # of CUDA itself: its context and the libraries' workspaces
@@ -33,7 +33,7 @@ FRAGMENTS = 0.05  # of the rest, lost between the allocator's blocks
 class Estimate:
     """Bytes on one device, by what they are for."""
 
-    weights: int  # the frozen U-Net, once for policy, reference and encoder
+    weights: int  # the frozen U-Net, once for policy, reference and encoder (bf16: and f's part in another precision)
     inputs: int  # VAE and text encoders; 0 with a cache
     lora: int  # LoRA weights, gradients, optimizer state, average
     activations: int  # kept for the backward pass
@@ -73,7 +73,9 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(description.unet).to(dtype).requires_grad_(False)
         weights = size_of(unet.parameters())
-        encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks)
+        of_f = precision_of_f(dtype, torch.device("cuda" if cuda else "cpu"))
+        encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, of_f)
+        weights += size_of(encoder.parameters()) if of_f != dtype else 0
         unet.add_adapter(LoraConfig(r=config.rank, init_lora_weights=False, target_modules=LORA_TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from ncp.config import TrainingConfig, UserError
 from ncp.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
-from ncp.encoder import DownBlockEncoder, frozen_twin, normalize_block
+from ncp.encoder import DownBlockEncoder, frozen_twin, normalize_block, precision_of_f
 from ncp.files import sampled_sha256
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -166,8 +166,9 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
 class Models:
     """Everything a training step needs, on its device.
 
-    `unet` carries the LoRA; `reference` and `encoder` share its frozen storage. `pipe` holds text encoders,
-    tokenizers and VAE; the VAE may be in float32 while the rest is in half precision. With a cache it is None.
+    `unet` carries the LoRA; `reference` and `encoder` share its frozen storage (in bfloat16 the encoder has weights of
+    its own, `precision_of_f`). `pipe` holds text encoders, tokenizers and VAE; the VAE may be in float32 while the rest
+    is in half precision. With a cache it is None. `secant` is the config's, resolved: in float32 "auto" is 1.
     """
 
     description: Description
@@ -176,11 +177,12 @@ class Models:
     encoder: DownBlockEncoder
     scheduler: DDPMScheduler
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline | None
+    secant: str
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen weights."""
-        return self.encoder.unet.dtype
+        return self.reference.dtype
 
     @property
     def lora_parameters(self) -> list[torch.nn.Parameter]:
@@ -215,16 +217,10 @@ def assemble(
         unet.to(memory_format=torch.channels_last)
     # Wrapped in the same autocast as the policy, so that at the start the two agree to the bit.
     reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
-    encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks)
+    encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, precision_of_f(unet.dtype, accelerator.device))
+    exact = encoder.unet.dtype == torch.float32 and config.secant == "auto"
     torch.manual_seed(config.seed)  # of LoRA's gaussian half, the only randomness outside the samples
-    unet.add_adapter(
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=LORA_TARGETS,
-        )
-    )
+    unet.add_adapter(lora_config(config))
     # A half-precision base makes half-precision LoRA weights: updates of 1e-5 would round to nothing.
     cast_training_params(unet, torch.float32)
     if config.gradient_checkpointing:
@@ -233,7 +229,17 @@ def assemble(
             encoder.enable_gradient_checkpointing()
     if config.torch_compile:
         compile_blocks([unet, reference, encoder], accelerator)
-    return Models(description, unet, reference, encoder, scheduler, pipe)
+    return Models(description, unet, reference, encoder, scheduler, pipe, secant="1" if exact else config.secant)
+
+
+def lora_config(config: TrainingConfig) -> LoraConfig:
+    """LoRA on the attention projections."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=LORA_TARGETS,
+    )
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, names: list[str]) -> None:

@@ -18,12 +18,13 @@ import diffusers
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import GradScalerKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
 from transformers import CLIPTokenizer
 
 import ncp
+from ncp import precision
 from ncp.cache import columns_of
 from ncp.checkpoints import WEIGHTS, read_manifest, save_lora, writing
 from ncp.config import TrainingConfig, UserError
@@ -54,12 +55,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA reads when it starts
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
+        raise UserError("mixed_precision is fp16, which needs a GPU; without one use no")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("mixed_precision is bf16, which this GPU does not support; use fp16 or no")
-    if config.allow_tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    precision.set_tf32(config)
     tracker = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(
@@ -67,7 +66,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
+                # float16's usual scale, for the loss before accumulation divides it.
+                GradScalerKwargs(init_scale=2.0**16 * config.gradient_accumulation_steps),
+            ],
         )
     except ValueError as error:
         raise UserError(f"report_to is '{config.report_to}': {str(error).splitlines()[0]}") from None
@@ -75,6 +78,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise UserError(reason)
     if tracker and not accelerator.log_with:  # accelerate drops a tracker that is not installed without a word
         raise UserError(f"report_to is '{tracker}', which is not installed (pip install {tracker})")
+    for line in precision.notes(config, accelerator.device):
+        accelerator.print(f"{'precision':>16}: {line}")
     return accelerator
 
 
@@ -223,7 +228,9 @@ def describe_loss(config: TrainingConfig) -> str:
     if config.space == "latent":
         text = "squared error of the noise (latent baseline)"
     else:
-        secant = "secant auto (derivative)" if config.secant == "auto" else f"secant {config.secant}"
+        exact = config.secant == "1" or (config.secant == "auto" and config.mixed_precision == "no")
+        secant = "eq. 13 as printed" if exact else f"secant {config.secant}"
+        secant += f" (derivative over {config.secant_length:g})" if config.secant == "auto" and not exact else ""
         offset = "x0" if config.timestep_offset == "x0" else f"t-{config.timestep_offset}"
         text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {secant}"
     if (beta := getattr(config, "beta", None)) is not None:

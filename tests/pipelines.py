@@ -107,7 +107,7 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
 def save_dataset(file: Path, rows: int = 12, **columns) -> Path:
     """Pick-a-Pic rows in one parquet file: decisive, winners alternating sides, images of different sizes.
 
-    Keyword arguments replace whole columns; None leaves a column out.
+    Keyword arguments replace whole columns; None leaves a column out. best_image_uid follows from uids and labels.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -115,7 +115,6 @@ def save_dataset(file: Path, rows: int = 12, **columns) -> Path:
     won = [float(i % 2 == 0) for i in range(rows)]
     content = {
         "are_different": [True] * rows,
-        "best_image_uid": [f"{'a' if w else 'b'}{i}" for i, w in enumerate(won)],
         "caption": [f"prompt number {i}" for i in range(rows)],
         "has_label": [True] * rows,
         "image_0_uid": [f"a{i}" for i in range(rows)],
@@ -127,6 +126,10 @@ def save_dataset(file: Path, rows: int = 12, **columns) -> Path:
         "ranking_id": list(range(rows)),
         **columns,
     }
+    sides = [content[c] for c in ("label_0", "image_0_uid", "image_1_uid")]
+    if "best_image_uid" not in columns and all(isinstance(side, list) for side in sides):
+        best = [{1.0: first, 0.0: second}.get(label, "") for label, first, second in zip(*sides, strict=True)]
+        content["best_image_uid"] = [None if uid is None else str(uid) for uid in best]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({k: v for k, v in content.items() if v is not None}), file)
     return file

@@ -174,12 +174,19 @@ def test_every_shipped_config_parses_and_comments_every_key(file):
     assert {lines[n].split(":")[0] for n in keys} == {f.name for f in dataclasses.fields(cls)}
     assert all("#" in lines[n] or lines[n - 1].startswith("#") for n in keys)  # beside the key or above it
     if kind in SCRIPTS and not file.stem.startswith("tiny"):
-        published = {"sd15": (512, 64, 8, 250), "sdxl": (1024, 8, 64, 500)}[file.stem[:4]]
-        got = (config.resolution, config.train_batch_size, config.gradient_accumulation_steps, config.lr_warmup_steps)
-        assert got == published
-        assert (config.rank, config.learning_rate, config.scale_lr, config.use_8bit_adam) == (64, 1e-8, True, True)
-        assert config.space == ("perceptual" if "_ncp_" in file.stem else "latent")
-        assert getattr(config, "beta", 2500) == 2500
+        arch, large, ncp = file.stem[:4], "_full_" in file.stem, "_ncp_" in file.stem
+        batch = (config.resolution, config.train_batch_size, config.gradient_accumulation_steps)
+        assert batch == {"sd15": (512, 64, 8), "sdxl": (1024, 8, 64)}[arch]
+        assert (config.rank, config.scale_lr, config.use_8bit_adam) == (64, True, True)
+        assert config.effective_batch_size == 2048  # a single GPU does not train at a quarter of it unnoticed
+        assert config.space == ("perceptual" if ncp else "latent")
+        # The paper: 7.5% (SD 1.5) and 2% (SDXL) of Diffusion-DPO's 2000 x 2048 pairs, at three times its learning rate.
+        steps = {"sd15": (1000, 150), "sdxl": (2000, 40)}[arch][0 if large else 1]
+        assert (config.max_train_steps, config.learning_rate) == (steps, 1e-8 if large else 3e-8)
+        assert large or steps / 2000 == {"sd15": 0.075, "sdxl": 0.02}[arch]
+        assert large or 10 <= steps // config.checkpointing_steps <= 14  # a dozen points to look at
+        if kind == "dpo":
+            assert config.beta == 2500
 
 
 @pytest.mark.parametrize(
@@ -209,6 +216,7 @@ def test_published_evaluation_settings(name):
 
 def test_the_promised_configs_are_there():
     names = {f"sd15_{n}{m}" for n in ("", "ncp_") for m in SCRIPTS} | {f"sdxl_ncp_{m}" for m in SCRIPTS} | {"sdxl_dpo"}
+    names |= {f"{arch}_full_{m}" for arch in ("sd15", "sdxl") for m in ("dpo", "ncp_dpo")}
     names |= {f"eval_{n}" for n in ("tiny", "pickapic_validation", "partiprompts", "hpdv2")}
     assert names <= {f.stem for f in CONFIGS}
     for name in ("single_gpu", "multi_gpu", "multi_node", "cpu"):

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from pipelines import unet
 
-from ncp.encoder import DownBlockEncoder, displacement, frozen_twin
+from ncp.encoder import DownBlockEncoder, displacement, frozen_twin, precision_of_f
 
 BLOCKS = [("last",), (0,), ("1",), ("mid",), (0, 1, 2), ("mid", 0), ("last", "mid")]
 
@@ -91,10 +91,41 @@ def test_wrong_blocks_are_refused(blocks):
         DownBlockEncoder.from_unet(unet(), blocks)
 
 
-def test_half_precision_weights_take_float32_input():
+def test_features_are_float32_whatever_the_weights():
     model = unet().bfloat16()
     feature = DownBlockEncoder.from_unet(model)(**inputs(False))
-    assert feature.dtype == torch.bfloat16 and feature.isfinite().all()
+    assert feature.dtype == torch.float32 and torch.equal(feature, feature.bfloat16().float())
+
+
+def test_bfloat16_weights_give_an_encoder_of_another_precision_with_a_copy_of_its_part():
+    assert precision_of_f(torch.float16, torch.device("cuda")) == torch.float16
+    assert precision_of_f(torch.bfloat16, torch.device("cuda")) == torch.float16
+    assert precision_of_f(torch.bfloat16, torch.device("cpu")) == torch.float32
+    model = unet().bfloat16()
+    encoder = DownBlockEncoder.from_unet(model, dtype=torch.float16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    copied, whole = (sum(p.numel() for p in module.parameters()) for module in (encoder, model))
+    assert copied < whole / 2
+
+
+@pytest.mark.parametrize("weight", [1e-9, 1.0, 1e9])
+def test_a_float16_gradient_neither_underflows_nor_overflows(weight):
+    # float16 ends at 65504 and at 6e-8; each sample has a scale of its own, so its neighbour's does not matter.
+    kwargs = inputs(False)
+
+    def gradient(dtype, weights):
+        encoder = DownBlockEncoder.from_unet(unet().to(dtype), ("last", 0))
+        x = kwargs["sample"].clone().requires_grad_()
+        last, first = encoder(**{**kwargs, "sample": x})
+        loss = (last.square().flatten(1).mean(1) + first.square().flatten(1).mean(1)) * weights
+        return torch.autograd.grad(loss.sum(), x)[0] / weights.view(-1, 1, 1, 1)
+
+    weights = torch.tensor([1.0, weight, 0.5 * weight])
+    expected, got = gradient(torch.float32, torch.ones(3)), gradient(torch.float16, weights)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+        assert b.norm() / a.norm() == pytest.approx(1, abs=0.02)
 
 
 class TestDisplacement:
@@ -128,33 +159,32 @@ class TestDisplacement:
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(gradient.flatten(1), 2 * expected @ self.matrix, rtol=1e-3, atol=1e-3)
 
-    def test_auto_cancels_the_curvature_that_a_long_secant_keeps(self):
-        # f(T + s d) - f(T) = s (A + T) d + s^2 d^2 / 2: one-sided, an error of s d^2 / 2; central, none.
-        derivative = self.linear(self.d) + (self.target * self.d).flatten(1)[:, :5]
-        torch.testing.assert_close(self.at(self.curved, "auto", length=1.0)[0], derivative, rtol=1e-3, atol=1e-4)
-        one_sided = self.at(self.curved, "100")[0] - derivative
-        torch.testing.assert_close(one_sided, 50 * self.d.flatten(1)[:, :5] ** 2, rtol=0.05, atol=1e-3)
+    def test_auto_is_equation_13_of_a_quadratic_whatever_the_length(self):
+        # f(T + d) - f(T) = A d + T d + d^2 / 2: a central difference about the midpoint T + d / 2 has no other term,
+        # and the gradient is taken at T + d itself. One-sided, s d^2 / 2 stands for d^2 / 2.
+        exact, gradient = self.at(self.curved, "1")
+        for length in (1e-4, 1.0):  # no longer than d, and 100 times as long
+            moved, got = self.at(self.curved, "auto", length=length)
+            torch.testing.assert_close(moved, exact, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-3)
+        one_sided = self.at(self.curved, "100")[0] - exact
+        torch.testing.assert_close(one_sided, 49.5 * self.d.flatten(1)[:, :5] ** 2, rtol=0.05, atol=1e-3)
 
-    def test_auto_steps_by_the_step_length_and_never_shortens(self):
+    def test_auto_steps_by_the_length_and_never_shortens(self):
         seen = []
 
         def watch(x):
-            seen.append((x - self.target).square().mean((1, 2, 3)).sqrt())
+            seen.append(x)
             return self.linear(x)
 
         scale = torch.tensor([0.01, 0.2, 0.0]).view(-1, 1, 1, 1)
         unit = self.d / self.d.square().mean((1, 2, 3), keepdim=True).sqrt()
-        (moved,) = displacement(watch, [self.target + scale * unit], self.target, "auto", 0.05)
-        assert seen[1].tolist() == pytest.approx([0.05, 0.2, 0], abs=1e-5)
-        assert seen[0].tolist() == pytest.approx([0.05, 0, 0], abs=1e-5)  # a long step needs no mirror image
-        assert len(seen) == 2
+        x = self.target + scale * unit
+        (moved,) = displacement(watch, [x], self.target, "auto", 0.05)
+        ahead, behind = seen
+        assert (ahead - behind).square().mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.05, 0.2, 0], abs=1e-5)
+        torch.testing.assert_close((ahead + behind) / 2, (x + self.target) / 2)
         assert moved.isfinite().all() and moved[2].abs().max() == 0  # also where the prediction is exact
-
-    def test_auto_is_equation_13_where_the_step_is_long_enough(self):
-        moved, gradient = self.at(self.curved, "auto", length=1e-4)
-        expected, expected_gradient = self.at(self.curved, "1")
-        torch.testing.assert_close(moved, expected)
-        torch.testing.assert_close(gradient, expected_gradient)
 
     def test_several_blocks_give_several_differences(self):
         (both,) = displacement(lambda x: (self.linear(x), self.curved(x)), [self.target + self.d], self.target)

@@ -297,7 +297,7 @@ def test_scores_of_a_judge_that_was_added_join_the_others(assets, out):
     (assets / "judges_of_the_test_2.py").write_text(
         "def width(images, prompts):\n    return [i.width for i in images]\n"
     )
-    config = configured(assets, out, "--scorers", f"{BRIGHT},judges_of_the_test_2:width")
+    config = configured(assets, out, "--scorers", f"[{BRIGHT}, judges_of_the_test_2:width]")
     before = pq.read_table(out / "scores.parquet").to_pylist()
     score(config)
     table = pq.read_table(out / "scores.parquet")

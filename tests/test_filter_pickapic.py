@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from PIL import Image
 from support import python
 
 import filter_pickapic as fp
+import train_ncp_cpo
+import train_ncp_dpo
+import train_ncp_sft
+from ncp import data
 from ncp.config import UserError, parse, run
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +240,22 @@ def test_malformed_rows_are_counted_and_play_no_part(changes, reason):
     assert pairs(rows) == (["b>c"] if reason else ["a>b"])
 
 
+def test_best_image_uid_is_checked_before_wins_are_counted_or_ignored():
+    # a>b says that b was best. If it counts, b is beaten and a is unbeaten; if not, b is unbeaten.
+    rows = [row("a>b", 1, best_image_uid="b"), row("b>c", 2)]
+    assert pairs(rows) == ["b>c"] and pairs(rows, best_image_uid="ignore") == ["a>b"]
+    assert dropped(rows, best_image_uid="ignore") == {"not_an_absolute_winner": 1}
+    # A tie, a row that is dropped for something else, and an empty one are not counted.
+    more = [row("d=e", 3, best_image_uid="e"), row("d>f", 4, best_image_uid="f", has_label=False)]
+    more += [row("d>g", 5, best_image_uid="")]
+    for option in ("check", "ignore"):
+        assert fp.decide(table(rows + more), config(best_image_uid=option)).contradicting == 1
+    # Rows of one id that differ in this column alone are one judgement where it plays no part.
+    twice = [row("a>b", 1), row("a>b", 1, best_image_uid="")]
+    assert dropped(twice) == {"duplicate_ranking_id": 2}
+    assert dropped(twice, best_image_uid="ignore") == {"duplicate_row": 1}
+
+
 def test_best_image_uid_of_a_tie_does_not_matter():
     for best in ("a", "b", "tie", "", None):
         assert dropped([row("a=b", 1, best_image_uid=best), row("c>d", 2)], rule="no_ties") == {"tie": 1}
@@ -267,12 +288,12 @@ def test_selection_options_come_before_the_rule():
 # ---------------------------------------------------------------- against a slow, obvious implementation
 
 
-def slow(rows: list[dict], rule: str, min_wins: int, keep: str) -> list[tuple]:
+def slow(rows: list[dict], rule: str, min_wins: int, keep: str, best: str = "check") -> list[tuple]:
     """(caption, winner, loser, ranking_id or None if made up), sorted: the rules word for word, in loops over games."""
     valid = []
     for r in rows:
         twins = [q for q in rows if q["ranking_id"] == r["ranking_id"]]
-        decision = [[q[c] for c in fp.DECISION] for q in twins]
+        decision = [[q[c] for c in fp.DECISION if c != "best_image_uid" or best == "check"] for q in twins]
         if any(d != decision[0] for d in decision) or twins[0] is not r:
             continue
         if not r["caption"] or not r["image_0_uid"] or not r["image_1_uid"] or not r["has_label"]:
@@ -281,7 +302,7 @@ def slow(rows: list[dict], rule: str, min_wins: int, keep: str) -> list[tuple]:
         if labels not in [(1, 0), (0, 1), (0.5, 0.5)] or r["image_0_uid"] == r["image_1_uid"]:
             continue
         winner = {1: r["image_0_uid"], 0: r["image_1_uid"]}.get(labels[0])
-        if winner and r["best_image_uid"] not in (winner, "", None):
+        if best == "check" and winner and r["best_image_uid"] not in (winner, "", None):
             continue
         valid.append(r)
 
@@ -359,13 +380,14 @@ def test_every_rule_equals_the_slow_implementation(rule):
     rng, sizes = random.Random(0), set()
     for _ in range(60):
         rows = random_rows(rng)
-        least, keep = rng.choice([1, 2, 3]), rng.choice(["latest", "all"])
-        expected = slow(rows, rule, least, keep)
+        least, keep, best = rng.choice([1, 2, 3]), rng.choice(["latest", "all"]), rng.choice(["check", "ignore"])
+        expected = slow(rows, rule, least, keep, best)
         sizes.add(len(expected))
         digests = set()
         for _ in range(2):
             rng.shuffle(rows)
-            made = fp.decide(table(rows), config(rule=rule, min_wins=least, pairs_per_winner=keep))
+            options = {"rule": rule, "min_wins": least, "pairs_per_winner": keep, "best_image_uid": best}
+            made = fp.decide(table(rows), config(**options))
             found = []
             for r, q in zip(made.row, made.loser_row, strict=True):
                 x, z = (0 if made.first_wins[r] else 1), (1 if made.first_wins[q] else 0)
@@ -597,6 +619,30 @@ def test_metadata_only(tmp_path):
         filtered(tmp_path / "bare.parquet", tmp_path / "out3")
 
 
+def test_best_image_uid_is_reported_and_not_needed_where_it_is_ignored(tmp_path, capsys):
+    rows = [row("a>b", 1, best_image_uid="b"), row("c>d", 2, caption="dog")]
+    source = write_shards(tmp_path / "in", rows)
+    checked = filtered(source, tmp_path / "checked")
+    assert checked["rows"]["dropped"]["contradictory_best_image_uid"] == 1 and checked["pairs"]["total"] == 1
+    assert "- contradictory best image uid" in capsys.readouterr().out
+    ignored = filtered(source, tmp_path / "ignored", "--best_image_uid", "ignore")
+    assert "contradictory_best_image_uid" not in ignored["rows"]["dropped"] and ignored["pairs"]["total"] == 2
+    assert re.search(r"! used despite best image uid +1\n", capsys.readouterr().out)
+    for manifest in (checked, ignored):
+        assert manifest["rows"]["contradictory_best_image_uid"] == 1
+        assert manifest["rows"]["input"] == 2 == manifest["rows"]["kept"] + sum(manifest["rows"]["dropped"].values())
+    report = {name: (tmp_path / name / "report.html").read_text() for name in ("checked", "ignored")}
+    said = "Games whose best_image_uid is not that of the image that the labels prefer: 1; they were "
+    assert said + "dropped before wins were counted" in report["checked"]
+    assert said + "used as the labels say" in report["ignored"]
+
+    bare = tmp_path / "bare.parquet"
+    pq.write_table(table(rows).drop_columns(["best_image_uid"]), bare)
+    assert filtered(bare, tmp_path / "bare", "--best_image_uid", "ignore")["pairs"] == ignored["pairs"]
+    with pytest.raises(UserError, match="column best_image_uid is missing"):
+        filtered(bare, tmp_path / "bare2")
+
+
 def test_parts_of_several_machines_make_the_same_files(tmp_path, many_rows, capsys):
     source = write_shards(tmp_path / "in", many_rows, shards=2)
     filtered(source, tmp_path / "whole", "--rows_per_file", 5)
@@ -664,21 +710,93 @@ def test_a_full_disk_is_one_line(tmp_path, many_rows, monkeypatch):
     assert not list((tmp_path / "out/data").iterdir())
 
 
-def test_files_of_split():
-    def of(names, split="train"):
-        return fp.files_of_split(names, split, "d")
+# Names of parquet files, and what they give for a split: the chosen ones, or parts of the refusal.
+SPLIT_FILES = {
+    "shards, validation aside": ("train-00000-of-00002 train-00001-of-00002 validation-00000-of-1", "train", [0, 1]),
+    "data folder, others aside": ("data/train-0 data/train-1 data/test-0 x", "train", [0, 1]),
+    "folders": ("default/train/0000 default/test/0000", "train", [0]),
+    "no split named": ("a b/c b/.c .cache/d", "train", [0, 1]),
+    "words inside words": ("portraits latest medieval constraint-0 device", "train", [0, 1, 2, 3, 4]),
+    "dataset's name first": ("pickapic-train-0 pickapic-validation-0", "train", [0]),
+    "dataset's name first, the other": ("pickapic-train-0 pickapic-validation-0", "validation", [1]),
+    "number first": ("0000.train 0001.train 0000.validation_unique", "train", [0, 1]),
+    "underscores": ("pickapic_v2_train_00000_of_00002 pickapic_v2_test_unique_00000_of_00001", "train", [0]),
+    "test_unique is no test": ("test-0 test_unique-0", "test", [0]),
+    "test_unique": ("test-0 test_unique-0 train-0", "test_unique", [1]),
+    "capitals": ("Train/0 Validation/0", "train", [0]),
+    "capitals asked for": ("Train/0 Validation/0", "Validation", [1]),
+    "numbers behind": ("train0 train1 val0", "train", [0, 1]),
+    "sets": ("trainset testset", "train", [0]),
+    "other words for it": ("training-0 dev-0 eval-0", "train", [0]),
+    "other words asked for": ("training-0 dev-0 eval-0", "val", [1]),
+    "the same twice": ("training/train-0 val/validation-0", "train", [0]),
+    "partial folder of the hub": ("default/partial-train/0000 default/partial-test/0000", "train", [0]),
+    "a split of its own name": ("unlabeled-0 train-0", "unlabeled", [0]),
+    "two others at once": ("train-0 test-validation-0", "train", [0]),
+    "two at once": ("train-0 train-val-0", "train", "unclear which ... (train: train-0.parquet; train and validat"),
+    "folder against file": ("train/validation-0 train/train-0", "train", "train and validation: train/validation-0."),
+    "some without a word": ("train-0 0001 0002", "train", "unclear which ... (no split in the name: 0001.parquet, 00"),
+    "validation beside the nameless": ("0000 0001 validation-0", "train", "unclear which ... validation: validation-0"),
+    "many are not all listed": ("train-0 a b c d e f", "train", "a.parquet, b.parquet, c.parquet and 3 more"),
+    "no such split": ("test-0 test_unique-0", "train", "no parquet files for split 'train' ... (test: test-0.parquet"),
+    "no split but train": ("a", "test", "no parquet files for split 'test'"),
+    "nothing": ("", "train", "no parquet files in"),
+    "only hidden files": (".cache/train-0", "train", "no parquet files in"),
+}  # fmt: skip
 
-    assert of(["data/train-1.parquet", "data/train-0.parquet", "data/test-0.parquet", "x.parquet"]) == [
-        "data/train-0.parquet",
-        "data/train-1.parquet",
-    ]
-    assert of(["a.parquet", "b/c.parquet", "b/.c.parquet", ".cache/d.parquet"]) == ["a.parquet", "b/c.parquet"]
-    assert of(["default/train/0000.parquet", "default/test/0000.parquet"]) == ["default/train/0000.parquet"]
-    names = ["test-0.parquet", "test_unique-0.parquet"]
-    assert of(names, "test") == ["test-0.parquet"] and of(names, "test_unique") == ["test_unique-0.parquet"]
-    for missing, split in ((names, "train"), (["a.parquet"], "test"), ([], "train")):
-        with pytest.raises(UserError, match="parquet files"):
-            of(missing, split)
+
+@pytest.mark.parametrize("case", SPLIT_FILES)
+def test_files_of_split(case):
+    text, split, expected = SPLIT_FILES[case]
+    names = [f"{name}.parquet" for name in text.split()]
+    for order in (names, names[::-1]):
+        if isinstance(expected, list):
+            assert fp.files_of_split(order, split, "d") == sorted(names[i] for i in expected)
+        else:
+            with pytest.raises(UserError) as refused:
+                fp.files_of_split(order, split, "d")
+            assert all(part in str(refused.value) for part in expected.split(" ... "))
+            assert "\n" not in str(refused.value)
+            if "unclear" in str(refused.value):
+                assert "give a file or a folder of one split, or set dataset_split" in str(refused.value)
+
+
+@pytest.mark.parametrize("case", SPLIT_FILES)
+def test_both_programs_and_the_hub_read_the_same_files(case, tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    text, split, expected = SPLIT_FILES[case]
+    names = [f"{name}.parquet" for name in text.split()]
+    for i, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table([row(f"a{i}>b{i}", i)]), tmp_path / "in" / name)
+    (tmp_path / "in").mkdir(exist_ok=True)
+
+    class Api:
+        def dataset_info(self, name, revision, files_metadata):
+            files = [type("File", (), {"rfilename": n, "size": 1}) for n in ["README.md", *names]]
+            return type("Info", (), {"sha": "c0ffee", "siblings": files})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    argv = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--dataset_name", str(tmp_path / "in")]
+    training = parse(train_ncp_sft.Config, [*argv, "--dataset_split", split, "--cache_dir", str(tmp_path / "cache")])
+    local, hub = (config(dataset_name=d, dataset_split=split) for d in (str(tmp_path / "in"), "someone/pairs"))
+
+    def trained() -> list[str]:
+        pairs = data.open_pairs(training)
+        assert sorted(pairs.name(i)["winner"] for i in range(len(pairs))) == [f"a{i}" for i in sorted(expected)]
+        return [file.relative_to(tmp_path / "in").as_posix() for file in pairs.files]
+
+    for read in (
+        lambda: [shard.name for shard in fp.open_shards(local)[0]],
+        lambda: [name for name, _, _ in fp.list_files(hub)[0]],
+        trained,
+    ):
+        if isinstance(expected, list):
+            assert read() == sorted(names[i] for i in expected)
+        else:
+            with pytest.raises(UserError) as refused:
+                read()
+            assert all(part in str(refused.value) for part in expected.split(" ... "))
 
 
 def test_hub_dataset(tmp_path, many_rows, monkeypatch):
@@ -720,6 +838,19 @@ def test_shipped_configs_name_every_key_with_its_default(name):
     }
 
 
+def test_every_training_config_reads_what_a_filter_config_writes():
+    filters = [parse(fp.Config, ["--config", str(p)]) for p in (ROOT / "configs").glob("*.yaml") if "filter" in p.stem]
+    written = {f.output_dir for f in filters}
+    scripts, read = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}, {}
+    for path in (ROOT / "configs").glob("*.yaml"):
+        if (kind := path.stem.rpartition("_")[2]) in scripts:
+            read[path.stem] = parse(scripts[kind].Config, ["--config", str(path)]).dataset_name
+    raw = {f.dataset_name for f in filters}  # which the large runs read
+    assert len(read) > 10 and all(folder in (raw if "_full_" in n else written) for n, folder in read.items()), read
+    # And what the README has it write.
+    assert all(folder in written for folder in re.findall(r"--output_dir (data/\S+)", (ROOT / "README.md").read_text()))
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -745,6 +876,15 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[object], str]]:
         pq.write_table(rows.set_column(field, column, pa.array([["x"]])), tmp / f"{name}.parquet")
         return tmp / f"{name}.parquet"
 
+    def invalid(path: Path) -> Path:
+        made = table(games("a>b"))
+        buffers = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+        caption = pa.Array.from_buffers(pa.string(), 1, buffers)
+        pq.write_table(made.set_column(made.schema.get_field_index("caption"), "caption", caption), path)
+        return path
+
+    mixed = write_shards(tmp / "mixed", games("a>b"))
+    write_shards(mixed, games("a>b"), prefix="more")
     (tmp / "taken").mkdir()
     (tmp / "taken/notes.txt").write_text("mine")
     (tmp / "foreign").mkdir()
@@ -779,6 +919,8 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[object], str]]:
             [good, "--min_wins", 9],
             "leaves no pair of 3 rows (1 tie, 1 not_an_absolute_winner, 1 too_few_wins)",
         ),
+        "no UTF-8": ([invalid(tmp / "invalid.parquet")], "invalid.parquet: a caption or uid is not valid UTF-8"),
+        "unclear split": ([mixed], "unclear which are the parquet files for split 'train' in"),
         "unknown rule": ([good, "--rule", "y_x"], "expected one of: no_ties"),
         "bad date": ([good, "--created_from", "soon"], "created_from is 'soon'"),
         "bad part": ([good, "--shard", "3/2"], "shard is '3/2'"),

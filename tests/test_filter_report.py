@@ -143,7 +143,7 @@ def test_without_images_the_cards_show_uids(tmp_path):
 
 
 def test_nothing_is_loaded_from_elsewhere_and_it_fits_a_phone(tmp_path, browser):
-    filtered(ROOT / "tiny/data", tmp_path / "out")
+    rows = filtered(ROOT / "tiny/data", tmp_path / "out")["rows"]
     asked, errors = [], []
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.on("request", lambda request: asked.append(request.url[:20]))
@@ -154,10 +154,13 @@ def test_nothing_is_loaded_from_elsewhere_and_it_fits_a_phone(tmp_path, browser)
     assert widths == [64] * 72
     bars = page.locator("table.funnel").first.locator("td.bar")
     drawn = bars.evaluate_all("cells => cells.map(c => [...c.children].map(bar => bar.getBoundingClientRect().width))")
-    # Input, unlabeled, tie, two of the rule, kept: what is left shrinks to 286 of 1570 rows.
-    assert len(drawn) == 6 and drawn[0][0] > 200 and [round(d[1]) == 0 for d in drawn] == [True, *[False] * 4, True]
-    assert all(abs(left + gone - before) < 1 for (left, gone), (before, _) in zip(drawn[1:5], drawn, strict=False))
-    assert abs(drawn[5][0] / drawn[0][0] - 286 / 1570) < 0.01
+    # Input, each reason that applies, kept: what is left shrinks to the kept rows.
+    reasons = [count for count in rows["dropped"].values() if count]
+    assert len(drawn) == len(reasons) + 2 > 4 and drawn[0][0] > 200
+    for (_, gone), count in zip(drawn[1:-1], reasons, strict=True):
+        assert abs(gone / drawn[0][0] - count / rows["input"]) < 0.01
+    assert all(abs(left + gone - before) < 1 for (left, gone), (before, _) in zip(drawn[1:-1], drawn, strict=False))
+    assert abs(drawn[-1][0] / drawn[0][0] - rows["kept"] / rows["input"]) < 0.01
     for width in (1280, 400):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -370,7 +371,7 @@ def test_held_out_pairs_never_train_and_are_the_same_for_any_seed(assets, tmp_pa
     assert [s["pair"] for s in samples] == [9, 10, 11]
     assert [int(s["timestep"]) for s in samples] == [167, 500, 833]  # middles of thirds of 1 ... 999
     assert torch.equal(samples[1]["eps"], make("--heldout_pairs", "3")[1].heldout(1)["eps"])
-    with pytest.raises(UserError, match=r"heldout_pairs is 12; .* has 12 decisive pairs"):
+    with pytest.raises(UserError, match=r"heldout_pairs is 12; .* has 12 decisive pairs of 12 prompts; .* none"):
         make("--heldout_pairs", "12")
 
 
@@ -382,8 +383,9 @@ def test_a_run_that_loses_its_winners_warns_and_stops_if_told(assets, tmp_path, 
     extra += ["--heldout_pairs", "4", "--heldout_steps", "2"]
     extra += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "1"]
     run_here(kind, arguments(assets, tmp_path / "warned", *extra), monkeypatch)
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
     assert said.count("warning: at step") == 1 and "median held-out winner's loss" in said
+    assert re.search(r" [1-9]\d* set aside with a prompt or image that is held out; 4 held out\n", out)
     stops = ["--max_winner_drift", "0.2", "--warn_winner_drift", "0.01"]
     with pytest.raises(Stopped, match=r"at step 2: .*max_winner_drift 20.0%\).*last good checkpoint.*-1;") as stop:
         run_here(kind, arguments(assets, tmp_path / "stopped", *extra, *stops), monkeypatch)

@@ -40,9 +40,9 @@ def test_cpo_by_hand():
     assert metrics["accuracy"].item() == 1
 
 
-def test_sft_is_the_winners_loss():
-    losses, metrics = sft_loss(torch.tensor([0.25, 0.5]))
-    assert losses.tolist() == [0.25, 0.5]
+def test_sft_is_the_winners_weighted_loss():
+    losses, metrics = sft_loss(torch.tensor([0.25, 0.5]), weight=3.0)
+    assert losses.tolist() == [0.75, 1.5]
     assert metrics["policy_w"].tolist() == [0.25, 0.5]
 
 
@@ -80,7 +80,7 @@ def test_metrics_carry_no_gradient():
     for _, metrics in (
         dpo_loss(*tensors(1, 2, 3, 4), beta=1),
         cpo_loss(*tensors(1, 2), beta=1, lam=1),
-        sft_loss(*tensors(1)),
+        sft_loss(*tensors(1), weight=2.0),
     ):
         assert not any(v.requires_grad for v in metrics.values())
 

@@ -33,7 +33,7 @@ def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, monkeypatch, cap
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "1", "--report_to", "tensorboard")
     run_here("sft", argv, monkeypatch)
     pairs, prompts = manifest["pairs"]["total"], manifest["pairs"]["unique_prompts"]
-    line = f"rule x_y: {pairs} pairs of 1,570 rows of tiny/data, {prompts} prompts"
+    line = f"rule x_y: {pairs:,} pairs of {manifest['rows']['input']:,} rows of tiny/data, {prompts:,} prompts"
     assert pairs > 20 and f"filtered: {line}" in capsys.readouterr().out
     assert f"| filtered | {line}" in (tmp_path / "out" / "README.md").read_text()
     logged = "".join(p.read_text(errors="ignore") for p in (tmp_path / "out" / "logs").rglob("hparams.yml"))

@@ -73,7 +73,10 @@ OTHER_RUNS = {
     ),
     "effective batch": (["--train_batch_size", "3"], "it has effective batch 4 (this run: 3)"),
     "EMA": (["--use_ema"], "use_ema False (this run: True)"),
-    "fewer pairs": (["--max_train_samples", "5"], "training pairs "),
+    "fewer pairs": (
+        ["--max_train_samples", "5"],
+        "; other data, or a version that chose otherwise which pairs train and are held out)",
+    ),
     "held-out pairs": (["--heldout_pairs", "2"], "heldout_pairs 0 (this run: 2), training pairs "),
 }
 

@@ -174,7 +174,7 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     tokenizer = make_tokenizer()
-    steps = {1: 2200, 2: 3300}[phase]
+    steps = {1: 1700, 2: 2700}[phase]
     if phase == 1:
         text_encoder, unet = new_text_encoder(tokenizer), new_unet()
     else:
@@ -455,7 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=STAGES, help="one stage; without it, all of them in turn")
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="where intermediate models go")
-    parser.add_argument("--vae_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=1000)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for stage in [args.stage] if args.stage else STAGES:

@@ -1,115 +1,331 @@
-"""How right the perceptual loss is in half precision: against eq. 13 in float64, on the embedded pipeline.
+"""How right a training step is in half precision: the scripts' own steps against the method in float64.
 
-    python -m tiny.precision        # on the GPU if there is one
+    python -m tiny.precision            # tables in Markdown; on the GPU if there is one
+    python -m tiny.precision --quick    # the embedded pipeline alone, fewer noise levels
 
-One DDPM step moves x_t by k_t (eps_theta - eps), k_t = 0.004 to 0.02: near 1, bfloat16 is spaced 0.008 and
-float16 0.001. The plain formula is lost in that rounding; a derivative over a longer step is not
-(`ncp.encoder.displacement`).
+The float64 reading shares no code with the scripts: the posterior mean in its x0 form, features by hooks on the full
+U-Net, eq. 13 as printed, plain autograd. Both have the same weights, LoRA, images and noise. Compared are the loss PL,
+the logit of DPO, and what the optimizer gets: the gradient of the mean loss with respect to the LoRA weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from ncp.data import decode
-from ncp.ddpm import abar_at, add_noise, reverse_step
-from ncp.encoder import DownBlockEncoder, displacement, step_length
-from ncp.losses import mean_square
-from ncp.models import vae_moments
+import train_ncp_cpo
+import train_ncp_dpo
+import train_ncp_sft
+from ncp import models
 from tiny.build import DATA, MODEL
 
-PAIRS = 16
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the encoder
-SCALE = 2.0**16  # of the loss, as a gradient scaler has it: in float16 the gradient would underflow
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SCALE = 2.0**16  # of the mean loss, as a gradient scaler has it
+BETA = 2500.0
+OBJECTIVES = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
+KEYS = {
+    "dpo": {"beta": BETA},
+    "cpo": {"beta": BETA, "lam": BETA},
+    "sft": {"loss_weight": BETA / 2},
+}
+NAMES = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+# ---------------------------------------------------------------- what is measured on
+
+
+@dataclass
+class Setting:
+    """A float32 U-Net, its schedule, latents x0 (2B, C, h, w) of winners then losers, and conditions of 2B rows."""
+
+    name: str
+    unet: UNet2DConditionModel
+    x0: torch.Tensor
+    conditions: dict[str, Any]
+    lora_std: float  # of the LoRA's second matrix: a policy some steps away from the reference
+
+    @property
+    def pairs(self) -> int:
+        return len(self.x0) // 2
 
 
 @cache
-def setting():
-    """A batch of the embedded dataset: (scheduler, float32 U-Net, x0, text, eps, z)."""
-    table = pq.read_table(sorted(DATA.glob("train-*.parquet"))[0], columns=["caption", "jpg_0"]).slice(0, PAIRS)
-    images = np.stack([np.asarray(decode(j.as_py())) for j in table["jpg_0"]])
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+def setting(name: str, pairs: int = 4) -> Setting:
+    """ "embedded" (trained, real images), or random weights in the layout of "sd15" or "sdxl", narrower than they are.
+
+    Random weights say little of a trained model's curvature; they do say what its depth does to rounding.
+    """
+    return {"embedded": _embedded, "sd15": _random, "sdxl": _random}[name](name, pairs)
+
+
+def _embedded(name: str, pairs: int) -> Setting:
+    import pyarrow.parquet as pq
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from ncp.data import decode
+
+    file = min(DATA.glob("train-*.parquet"))
+    table = pq.read_table(file, columns=["caption", "jpg_0", "jpg_1"]).slice(0, pairs)
+    images = np.stack([np.asarray(decode(jpeg.as_py())) for side in ("jpg_0", "jpg_1") for jpeg in table[side]])
     vae = AutoencoderKL.from_pretrained(MODEL / "vae")
-    tokenizer, text = (
-        CLIPTokenizer.from_pretrained(MODEL / "tokenizer"),
-        CLIPTextModel.from_pretrained(MODEL / "text_encoder"),
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
     ids = tokenizer(table["caption"].to_pylist(), padding="max_length", return_tensors="pt").input_ids
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        x0 = vae_moments(vae, pixels).chunk(2, dim=1)[0] * vae.config.scaling_factor
-        c = text(ids)[0]
-    eps, z = torch.randn(2, *x0.shape, generator=generator)
-    return (
-        DDPMScheduler.from_pretrained(MODEL / "scheduler"),
-        UNet2DConditionModel.from_pretrained(MODEL / "unet"),
-        x0,
-        c,
-        eps,
-        z,
+        moments = models.vae_moments(vae, torch.from_numpy(images).permute(0, 3, 1, 2))
+        text = CLIPTextModel.from_pretrained(MODEL / "text_encoder")(ids)[0]
+    x0 = moments.chunk(2, dim=1)[0] * vae.config.scaling_factor
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet")
+    return Setting(name, unet, x0, {"encoder_hidden_states": text.repeat(2, 1, 1)}, lora_std=0.02)
+
+
+def _random(name: str, pairs: int) -> Setting:
+    generator = torch.Generator().manual_seed(3)
+    x0 = F.interpolate(torch.randn(2 * pairs, 4, 4, 4, generator=generator), size=16, mode="bicubic")
+    conditions: dict[str, Any] = {"encoder_hidden_states": torch.randn(pairs, 20, 64, generator=generator)}
+    shape: dict[str, Any] = {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}
+    if name == "sdxl":
+        shape = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 64, 128),
+            "attention_head_dim": (1, 2, 4),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 32 * 6 + 64,
+        }
+        conditions["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(pairs, 64, generator=generator),
+            "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]).repeat(pairs, 1),
+        }
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, layers_per_block=2, cross_attention_dim=64, norm_num_groups=16, **shape
+    ).eval()
+    return Setting(name, unet, x0, _map(lambda v: v.repeat(2, *[1] * (v.ndim - 1)), conditions), lora_std=0.05)
+
+
+def schedule() -> DDPMScheduler:
+    return DDPMScheduler.from_pretrained(MODEL / "scheduler")
+
+
+def noise(s: Setting, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps (B, C, h, w), one per pair, and z (2B, C, h, w), one per image."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(s.x0[: s.pairs].shape, generator=generator), torch.randn(s.x0.shape, generator=generator)
+
+
+def lora_weights(unet: torch.nn.Module, std: float) -> list[torch.nn.Parameter]:
+    """The trainable weights in order, given the same random numbers each time, also where LoRA starts from zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora" in name:
+                scale = std if "lora_B" in name else 1 / len(parameter)  # of A: peft's gaussian init, 1 / rank
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: _map(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}
+
+
+# ---------------------------------------------------------------- the scripts' steps, and the method in float64
+
+
+@dataclass
+class Outcome:
+    """Of one step: PL (2B,) or (B,) under the policy; logit (B,), DPO and CPO; flat gradient of the mean loss. float64."""
+
+    distance: torch.Tensor
+    logit: torch.Tensor | None
+    gradient: torch.Tensor
+
+
+def measured(
+    s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, space: str = "perceptual", **keys: Any
+) -> Outcome:
+    """The step of a training script, weights and arithmetic in `dtype`, at timesteps t (B,). keys: of its config."""
+    script = OBJECTIVES[objective]
+    settings = {"pretrained_model_name_or_path": "-", "dataset_name": "-", "output_dir": "-", "space": space}
+    config = script.Config(**settings | KEYS[objective] | {"cached_latents": "-"} | keys)
+    description = SimpleNamespace(vae={"scaling_factor": 1.0})
+    rows = 2 * s.pairs if objective != "sft" else s.pairs
+
+    class Engine:  # what `assemble` asks of accelerate, which has no float16 on a CPU
+        device = DEVICE
+
+        @staticmethod
+        def prepare_model(model: torch.nn.Module, evaluation_mode: bool) -> torch.nn.Module:
+            forward = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)(model.forward)
+            model.forward = lambda *args, **kwargs: SimpleNamespace(sample=forward(*args, **kwargs).sample.float())
+            return model
+
+    unet = copy.deepcopy(s.unet).to(DEVICE, dtype)
+    m = models.assemble(config, description, unet, schedule(), None, Engine)
+    weights = lora_weights(Engine.prepare_model(m.unet, False), s.lora_std)
+    eps, z = noise(s)
+    c = _map(lambda v: v[: s.pairs].to(DEVICE), s.conditions)
+    added = c.get("added_cond_kwargs", {})
+    batch = {
+        "moments": torch.cat([s.x0, torch.full_like(s.x0, -30)], dim=1)[:rows].to(DEVICE),
+        "posterior": torch.zeros_like(s.x0)[:rows].to(DEVICE),
+        "text": c["encoder_hidden_states"],
+        **({"pooled": added["text_embeds"]} if added else {}),
+        "time_ids": added["time_ids"].repeat(2, 1)[:rows] if added else torch.zeros(rows, 6, device=DEVICE),
+        "timestep": t.to(DEVICE),
+        "eps": eps.to(DEVICE),
+        "z": z[:rows].to(DEVICE),
+    }
+    losses, metrics = getattr(script, f"ncp_{objective}")(m, m.unet, batch, config)
+    gradients = torch.autograd.grad(losses.mean() * SCALE, weights, allow_unused=True)
+    flat = [(g if g is not None else torch.zeros_like(w)).flatten() for g, w in zip(gradients, weights, strict=True)]
+    distance = torch.cat([metrics[k] for k in ("policy_w", "policy_l") if k in metrics])
+    logit = metrics["margin"].cpu().double() if "margin" in metrics else None
+    return Outcome(distance.cpu().double(), logit, torch.cat(flat).cpu().double() / SCALE)
+
+
+@cache
+def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, Outcome]:
+    """By objective, in float64."""
+    s, timestep = setting(name, pairs), torch.tensor(t).repeat(2)
+    policy = copy.deepcopy(s.unet).double()
+    reference, f = copy.deepcopy(policy), copy.deepcopy(policy)
+    config = train_ncp_dpo.Config(pretrained_model_name_or_path="-", dataset_name="-", output_dir="-")
+    policy.add_adapter(models.lora_config(config))
+    weights = lora_weights(policy.double(), s.lora_std)
+    c = _map(lambda v: v.double(), s.conditions)
+    abar = schedule().alphas_cumprod.double()
+    a_t, a_prev = (abar[x].view(-1, 1, 1, 1) for x in (timestep, timestep - 1))
+    alpha = a_t / a_prev
+    eps, z = noise(s)
+    x0, eps, z = s.x0.double(), eps.repeat(2, 1, 1, 1).double(), z.double()
+    x_t = a_t.sqrt() * x0 + (1 - a_t).sqrt() * eps
+
+    def step(e: torch.Tensor) -> torch.Tensor:
+        x0_hat = (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
+        mean = a_prev.sqrt() * (1 - alpha) / (1 - a_t) * x0_hat + alpha.sqrt() * (1 - a_prev) / (1 - a_t) * x_t
+        return mean + ((1 - a_prev) / (1 - a_t) * (1 - alpha)).sqrt() * z
+
+    def feature(x: torch.Tensor) -> torch.Tensor:
+        seen = []
+        with f.down_blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out[0])):
+            f(x, timestep - 1, **c)
+        return seen[0]
+
+    eps_theta = policy(x_t, timestep, **c).sample
+    with torch.no_grad():
+        eps_ref = reference(x_t, timestep, **c).sample
+    if space == "latent":
+        theta, ref = ((e - eps).square().mean((1, 2, 3)) for e in (eps_theta, eps_ref))
+    else:
+        target = feature(step(eps))
+        theta, ref = ((feature(step(e)) - target).square().flatten(1).mean(1) for e in (eps_theta, eps_ref))
+    w, loser = theta.chunk(2)
+    ref_w, ref_l = ref.chunk(2)
+    weight = BETA / 2
+    logits = {"dpo": -BETA * ((w - ref_w) - (loser - ref_l)), "cpo": -BETA * (w - loser), "sft": None}
+    losses = {"dpo": -F.logsigmoid(logits["dpo"]), "cpo": -F.logsigmoid(logits["cpo"]) + BETA * w, "sft": weight * w}
+    outcomes = {}
+    for name_, loss in losses.items():
+        gradients = torch.autograd.grad(loss.mean(), weights, retain_graph=True, allow_unused=True)
+        flat = [
+            (g if g is not None else torch.zeros_like(v)).flatten() for g, v in zip(gradients, weights, strict=True)
+        ]
+        logit = None if logits[name_] is None else logits[name_].detach()
+        distance = (w if name_ == "sft" else theta).detach()
+        outcomes[name_] = Outcome(distance, logit, torch.cat(flat))
+    return outcomes
+
+
+def truth(s: Setting, objective: str, t: torch.Tensor, space: str = "perceptual") -> Outcome:
+    """The same step in float64, by an independent reading of the method."""
+    return _truths(s.name, s.pairs, tuple(t.tolist()), space)[objective]
+
+
+@dataclass
+class Comparison:
+    loss_ratio: float  # of the mean PL
+    cosine: float  # of the LoRA gradients
+    norm_ratio: float
+    logit_error: float  # root mean square, and of the logit itself
+    logit: float
+    zeros: float  # share of the gradient's elements that are 0 and should not be
+    below_epsilon: float  # share of the true elements below AdamW's epsilon of 1e-8
+
+
+def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **keys: Any) -> Comparison:
+    """keys: of the script's config, `space` among them."""
+    ours, exact = measured(s, objective, dtype, t, **keys), truth(s, objective, t, keys.get("space", "perceptual"))
+    error = rms = 0.0
+    if ours.logit is not None and exact.logit is not None:
+        error, rms = (float(v.square().mean().sqrt()) for v in (ours.logit - exact.logit, exact.logit))
+    nonzero = exact.gradient != 0
+    return Comparison(
+        loss_ratio=float(ours.distance.mean() / exact.distance.mean()),
+        cosine=float(F.cosine_similarity(ours.gradient, exact.gradient, dim=0)),
+        norm_ratio=float(ours.gradient.norm() / exact.gradient.norm()),
+        logit_error=error,
+        logit=rms,
+        zeros=float((ours.gradient[nonzero] == 0).double().mean()),
+        below_epsilon=float((exact.gradient[nonzero].abs() < 1e-8).double().mean()),
     )
 
 
-def loss_and_gradient(dtype: torch.dtype, secant: str, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(PL (B,), d sum(PL) / d eps_theta (B, ...)), float64, with the encoder in `dtype`; in float64, all of eq. 13."""
-    scheduler, unet, x0, c, eps, z = setting()
-    step = torch.full((PAIRS,), t)
-
-    def f(*inputs: torch.Tensor) -> torch.Tensor:
-        return encoder(dtype)(*(x.to(DEVICE) for x in inputs)).cpu()
-
-    x_t = add_noise(scheduler, x0, eps, step)
-    with torch.no_grad():
-        eps_theta = unet(x_t, step, c).sample
-    eps_theta.requires_grad_()
-    target = reverse_step(scheduler, eps, step, step - 1, x_t, z)
-    if dtype == torch.float64:
-        # The two steps differ by -k_t (eps_theta - eps); their common part may be rounded.
-        abar = scheduler.alphas_cumprod.double()
-        alpha = abar[t] / abar[t - 1]
-        x = target.double() - (1 - alpha) / (alpha * (1 - abar[t])).sqrt() * (eps_theta.double() - eps.double())
-        losses = (f(x, step - 1, c) - f(target.double(), step - 1, c)).square().flatten(1).mean(1)
-    else:
-        x = reverse_step(scheduler, eps_theta, step, step - 1, x_t, z)
-        length = step_length(dtype, abar_at(scheduler, step - 1))
-        losses = mean_square(displacement(lambda y: f(y, step - 1, c), [x], target, secant, length)[0])
-    (gradient,) = torch.autograd.grad(losses.sum() * SCALE, eps_theta)
-    return losses.detach().double(), gradient.double() / SCALE
-
-
-@cache
-def encoder(dtype: torch.dtype) -> DownBlockEncoder:
-    return DownBlockEncoder.from_unet(copy.deepcopy(setting()[1]).to(DEVICE, dtype))
-
-
-@cache
-def truth(t: int):
-    return loss_and_gradient(torch.float64, "1", t)
-
-
-def compare(dtype: torch.dtype, secant: str, t: int) -> tuple[float, float]:
-    """(ratio of mean losses, cosine of the gradients of the batch)."""
-    loss, gradient = loss_and_gradient(dtype, secant, t)
-    expected_loss, expected = truth(t)
-    cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)
-    return float(loss.mean() / expected_loss.mean()), float(cosine)
+# ---------------------------------------------------------------- tables
 
 
 def main() -> None:
-    timesteps = [1, 5, 20, 100, 300, 500, 700, 900, 999]
-    print("| encoder | " + " | ".join(f"t={t}" for t in timesteps) + " |")
-    print("|---" * (len(timesteps) + 1) + "|")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for secant in ("1", "auto"):
-            cells = ["{:.3f} / {:.3f}".format(*compare(dtype, secant, t)) for t in timesteps]
-            print(f"| {str(dtype).removeprefix('torch.')}, secant {secant} | " + " | ".join(cells) + " |")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    names = ["embedded"] if quick else ["embedded", "sd15", "sdxl"]
+    grid = [20, 500, 900] if quick else [1, 5, 20, 100, 300, 500, 700, 900, 999]
+
+    print("Loss ratio / gradient cosine of NCP-SFT, all pairs at one timestep:\n")
+    print("| U-Net | arithmetic | secant | " + " | ".join(f"t={t}" for t in grid) + " |")
+    print("|---" * (len(grid) + 3) + "|")
+    for name in names:
+        for dtype, secant in (
+            (torch.float32, "auto"),
+            (torch.float16, "1"),
+            (torch.float16, "auto"),
+            (torch.bfloat16, "auto"),
+        ):
+            s, cells = setting(name), []
+            for t in grid:
+                r = compare(s, "sft", dtype, torch.full((s.pairs,), t), secant=secant)
+                cells.append(f"{r.loss_ratio:.3f} / {r.cosine:.3f}")
+            print(f"| {name} | {NAMES[dtype]} | {secant} | " + " | ".join(cells) + " |", flush=True)
+
+    print("\nWhat the optimizer gets, timesteps mixed:\n")
+    print(
+        "| U-Net | space | objective | arithmetic | loss ratio | gradient cosine | norm ratio | logit rms | its error |"
+    )
+    print("|---" * 9 + "|")
+    for name in names:
+        for space in ("perceptual", "latent"):
+            for objective in OBJECTIVES:
+                for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    r = compare(setting(name), objective, dtype, torch.tensor([20, 250, 550, 900]), space=space)
+                    logit = f"{r.logit:.3g} | {r.logit_error:.2g}" if r.logit else "– | –"
+                    print(
+                        f"| {name} | {space} | {objective} | {NAMES[dtype]} | {r.loss_ratio:.3f} | {r.cosine:.4f} "
+                        f"| {r.norm_ratio:.3f} | {logit} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
