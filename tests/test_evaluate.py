@@ -175,7 +175,7 @@ def test_every_kind_of_model_draws_what_it_should(assets, tmp_path):
         "pipe": assets / "sd",
     }
     entries["file"] = assets / "lora" / "pytorch_lora_weights.safetensors"
-    listed = ",".join(["base", *(f"{k}={v}" for k, v in entries.items())])
+    listed = f"[{', '.join(['base', *(f'{k}={v}' for k, v in entries.items())])}]"
     config = configured(assets, tmp_path / "out", "--models", listed, "--max_prompts", "1", "--batch_size", "1")
     generate(config)
     got = {name.partition("/")[0]: pixels for name, pixels in images(tmp_path / "out" / "images").items()}
