@@ -249,7 +249,7 @@ class TrainingConfig:
         "that secant, 1 being eq. 13 as printed",
     )
     secant_length: float = option(
-        0.02, above=0, doc="step length of secant auto in half precision, in latent standard deviations"
+        0.016, above=0, doc="step length of secant auto in half precision, in latent standard deviations"
     )
     # optimisation
     output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")

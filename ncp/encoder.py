@@ -14,7 +14,7 @@ Features = torch.Tensor | tuple[torch.Tensor, ...]
 
 # Of `displacement` in float16, in latent standard deviations. Measured on the embedded and on random U-Nets in the
 # layouts of SD 1.5 and SDXL (docs/precision.md): shorter, rounding shows; longer, f's curvature does.
-STEP_LENGTH = 0.02
+STEP_LENGTH = 0.016
 
 
 def frozen_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:

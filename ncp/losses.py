@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ncp.encoder import Features
 
 Metrics = dict[str, torch.Tensor]
+SATURATED = 5.0  # a logit beyond which the sigmoid's slope is below 3% of its largest
 
 
 def perceptual_distance(pred_features: Features, target_features: Features) -> torch.Tensor:
@@ -70,6 +71,7 @@ def _preference(logit: torch.Tensor, policy_w: torch.Tensor, policy_l: torch.Ten
         "margin": logit,
         "accuracy": (logit > 0).float(),
         "abs_logit": logit.abs(),
+        "saturated": (logit.abs() > SATURATED).float(),
         "policy_w": policy_w,
         "policy_l": policy_l,
     }

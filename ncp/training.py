@@ -87,9 +87,12 @@ def effective_batch(config: TrainingConfig, num_processes: int) -> int:
     """Pairs per optimizer step over all processes. Raises UserError if `effective_batch_size` asks for another."""
     product = config.train_batch_size * config.gradient_accumulation_steps * num_processes
     if config.effective_batch_size not in (None, product):
+        accumulation, rest = divmod(config.effective_batch_size, config.train_batch_size * num_processes)
+        advice = f"; set gradient_accumulation_steps: {accumulation}" if accumulation and not rest else ""
         raise UserError(
             f"effective_batch_size is {config.effective_batch_size}, but train_batch_size {config.train_batch_size} x "
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} x {num_processes} processes = {product}"
+            + advice
         )
     return product
 

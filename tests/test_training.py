@@ -30,8 +30,10 @@ def test_learning_rate_warms_up_then_stays():
 def test_batch_arithmetic():
     c = config("--train_batch_size", "8", "--gradient_accumulation_steps", "64", "--effective_batch_size", "2048")
     assert training.effective_batch(c, 4) == 2048
-    with pytest.raises(UserError, match=r"8 x gradient_accumulation_steps 64 x 2 processes = 1024"):
+    with pytest.raises(UserError, match=r"64 x 2 processes = 1024; set gradient_accumulation_steps: 128$"):
         training.effective_batch(c, 2)
+    with pytest.raises(UserError, match=r"64 x 3 processes = 1536$"):  # 2048 is no multiple of 8 x 3
+        training.effective_batch(c, 3)
 
 
 def test_beta_is_announced_in_both_conventions():
