@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ import train_ncp_cpo
 import train_ncp_dpo
 from ncp import cache, data, models, training
 from ncp.config import UserError, parse, run
+from ncp.lock import is_empty, one_writer
+from ncp.processes import end_with_parent
 
 PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four of SD 1.5, twice that with flips
 
@@ -66,19 +69,22 @@ class Images(Dataset):
 
 def batches(images: Images, positions: list[int], config: Config) -> Iterator[dict[str, torch.Tensor]]:
     """The images at these positions, a few at a time. Raises UserError at an unreadable image."""
-
-    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        errors = [s for s in samples if "error" in s]
-        return errors[0] if errors else {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
-
     size = max(1, PIXELS_PER_BATCH // config.resolution**2)
     chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
-    for batch in DataLoader(
-        images, batch_sampler=chunks, collate_fn=collate, num_workers=config.dataloader_num_workers
-    ):
+    workers = {"num_workers": config.dataloader_num_workers, "worker_init_fn": end_with_run}
+    for batch in DataLoader(images, batch_sampler=chunks, collate_fn=collate, **workers):
         if "error" in batch:
             raise UserError(batch["error"], everywhere=False)
         yield batch
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    errors = [s for s in samples if "error" in s]
+    return errors[0] if errors else {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+
+
+def end_with_run(worker: int) -> None:
+    end_with_parent()
 
 
 @torch.no_grad()
@@ -133,7 +139,7 @@ def missing_shards(folder: Path, wanted: dict[str, Any], kinds: dict[str, pa.Arr
         same = all(found.get(key) == wanted[key] for key in wanted)
         if not same or any(not cache.read_index(folder, kind).equals(kinds[kind]) for kind in kinds):
             raise UserError(f"cached_latents: {folder} was made for another dataset; choose another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not is_empty(folder):
         raise UserError(f"cached_latents: {folder} holds something else; choose a new or empty folder")
     shards = [(kind, n) for kind in kinds for n in range(-(-wanted["entries"][kind] // wanted["per_shard"][kind]))]
     return [(kind, number) for kind, number in shards if not cache.shard_path(folder, kind, number).exists()]
@@ -186,6 +192,15 @@ def write_shards(
             cache.replace_file(cache.shard_path(folder, kind, number), partial(save_file, tensors))
 
 
+@contextmanager
+def saying_what_cannot_be_written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cached_latents: cannot write to {folder} ({reason})", everywhere=False) from None
+
+
 def main() -> None:
     config = replace(parse(Config, description=__doc__), report_to="none")
     if config.cached_latents is None:
@@ -201,9 +216,10 @@ def main() -> None:
         accelerator.print(f"{folder} already holds this cache; nothing to do")
         return
     announce(config, wanted, len(todo), cache.sizes(config, description), accelerator)
-    accelerator.wait_for_everyone()  # all have looked before any writes
-
-    try:
+    with saying_what_cannot_be_written(folder), one_writer(folder, processes=accelerator):
+        if missing_shards(folder, wanted, kinds) != todo:
+            raise UserError(f"cached_latents: another run has just written to {folder}; start again")
+        accelerator.wait_for_everyone()  # all have looked before any writes
         if accelerator.is_main_process and not (folder / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             for kind, column in cache.KINDS.items():
@@ -216,9 +232,6 @@ def main() -> None:
         if accelerator.is_main_process:
             files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.parquet")])
             cache.write_manifest(folder, {**wanted, "files": {f.name: f.stat().st_size for f in files}})
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cached_latents: cannot write to {folder} ({reason})", everywhere=False) from None
     accelerator.print(f"wrote {folder}")
 
 

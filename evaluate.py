@@ -9,10 +9,13 @@ after an interruption, and refuses to mix protocols. `compare --annotate` writes
 `compare --votes A.json B.json C.json` counts their votes. docs/evaluation.md says more.
 """
 
+import json
 import sys
+from pathlib import Path
 
-from evaluation.protocol import Config
+from evaluation.protocol import Config, processes
 from ncp.config import UserError, parse, run
+from ncp.lock import one_writer
 
 STEPS = ("generate", "score", "compare")
 
@@ -26,27 +29,27 @@ def main() -> None:
         raise UserError(f"command line: '{step}'; expected one of: {', '.join(STEPS)}")
     config = parse(Config, join_lists(argv), description=__doc__)
     # Imported late: only what a step needs is loaded.
-    if step == "generate":
-        from evaluation.generate import generate
-
-        generate(config)
-    elif step == "score":
-        from evaluation.score import score
-
-        score(config)
-    else:
+    if step == "compare":
         from evaluation.compare import compare
 
-        compare(config)
+        with one_writer(Path(config.output_dir)):
+            compare(config)
+        return
+    from evaluation.generate import generate
+    from evaluation.score import score
+
+    with one_writer(Path(config.output_dir), processes=processes()):
+        (generate if step == "generate" else score)(config)
 
 
 def join_lists(argv: list[str]) -> list[str]:
-    """`--votes a.json b.json`, as a shell writes `--votes *.json`, in the form of every other list: `a.json,b.json`."""
+    """`--votes a.json b.json`, as a shell writes `--votes *.json`, in the form of every other list."""
     if "--votes" not in argv:
         return argv
     start = argv.index("--votes") + 1
     stop = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
-    return [*argv[:start], *([",".join(argv[start:stop])] if stop > start else []), *argv[stop:]]
+    several = [json.dumps(argv[start:stop], ensure_ascii=False)] if stop > start + 1 else argv[start:stop]
+    return [*argv[:start], *several, *argv[stop:]]
 
 
 if __name__ == "__main__":

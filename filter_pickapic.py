@@ -62,6 +62,7 @@ from ncp import filter_report, hub
 from ncp.config import UserError, option, parse, run
 from ncp.files import files_of_split, local_files, sha256
 from ncp.judgements import read_judgements
+from ncp.lock import is_empty, one_writer
 
 T = TypeVar("T")
 
@@ -659,7 +660,7 @@ def finish(temporary: Path, path: Path) -> str:
     """Names a file that is written, once the disk has it: it is there whole or not at all. Returns its sha256."""
     try:
         digest = sha256(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows waits for no file that is open for reading only
             os.fsync(file.fileno())
         os.replace(temporary, path)
         return digest
@@ -801,7 +802,7 @@ def is_finished(folder: Path, dataset_name: str, wanted: dict[str, Any]) -> bool
             if not file.is_file() or file.stat().st_size != output["size"]:
                 raise UserError(f"output_dir: {file} has changed since it was written; delete {folder} and run again")
         return name == "manifest.json"
-    if any(folder.iterdir()):
+    if not is_empty(folder):
         raise UserError(f"output_dir: {folder} holds something else; choose a new or empty folder")
     return False
 
@@ -815,6 +816,14 @@ def summary(wanted: dict[str, Any]) -> str:
     if wanted["options"]["best_image_uid"] == "ignore":
         lines.append(("! used despite best image uid", rows["contradictory_best_image_uid"]))
     return "\n".join(f"{name:34} {count:>11,}" for name, count in lines)
+
+
+@contextmanager
+def saying_what_cannot_be_written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -840,8 +849,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     del table  # 250 MB that the copy can use
     count = 1 if config.metadata_only else -(-len(decision.row) // config.rows_per_file)
     names = [f"data/{config.dataset_split}-{k:05d}-of-{count:05d}.parquet" for k in range(count)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with saying_what_cannot_be_written(folder), one_writer(folder, config.shard):
+        if is_finished(folder, config.dataset_name, wanted):
+            raise UserError(f"output_dir: another run has just finished {folder}")
         if not (folder / UNFINISHED).exists():
             write_text(folder / UNFINISHED, json.dumps(wanted))
         (folder / "data").mkdir(exist_ok=True)
@@ -859,8 +869,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_report(shards, manifest, findings, config)
         write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         (folder / UNFINISHED).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
     print(f"wrote {len(decision.row):,} pairs to {folder}; what was kept and removed: {folder / 'report.html'}")
 
 

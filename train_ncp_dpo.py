@@ -89,10 +89,16 @@ def main() -> None:
     bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
     meter, pictures = training.Meter(checkpoint), {}
     heldout = HeldOut(ncp_dpo, m, dataset, config, accelerator) if config.heldout_pairs else None
-    guard = Guard(config, accelerator, dataset)
+    guard = Guard(config, accelerator, dataset, checkpoint)
+    save = partial(checkpoints.save_checkpoint, config, m, optimizer, accelerator, ema, inputs=inputs)
 
     step = first_step
-    for step in range(first_step + 1, config.max_train_steps + 1):
+    if guard.owes_look:  # what a signal kept the run before this one from
+        training.log(config, accelerator, guard.watch(step, heldout), step)
+    if training.pictures_owed(config, accelerator, checkpoint, step):
+        training.validate(config, m, accelerator, ema, step, pictures, guard)
+    while step < config.max_train_steps and not guard.stopped:
+        step += 1
         meter.start()
         training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
         for _ in range(config.gradient_accumulation_steps):
@@ -118,17 +124,17 @@ def main() -> None:
             training.log(config, accelerator, figures, step)
             bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "winner_drift")})
         training.log(config, accelerator, guard.watch(step, heldout), step)
-        if step % config.checkpointing_steps == 0 or last or guard.stopped:
-            state, prune = meter.state(accelerator), not guard.stopped
-            checkpoints.save_checkpoint(config, m, optimizer, accelerator, ema, step, state, inputs, prune)
-        if guard.stopped:
-            break
-        if config.validation_steps is not None and step % config.validation_steps == 0 and not last:
-            training.validate(config, m, accelerator, ema, step, pictures)
+        if step % config.checkpointing_steps == 0 or last:
+            save(step=step, figures=meter.state(accelerator) | guard.state(), prune=not guard.stopped)
+        if training.pictures_due(config, step) and not guard.stopped:
+            training.validate(config, m, accelerator, ema, step, pictures, guard)
 
     bar.close()
     if not guard.stopped:
-        training.validate(config, m, accelerator, ema, step, pictures)
+        training.validate(config, m, accelerator, ema, step, pictures, guard)
+    if guard.stopped:  # its checkpoint may be there already
+        save(step=step, figures=meter.state(accelerator) | guard.state(), prune=False)
+    else:
         training.finish(config, m, pairs, accelerator, ema, method, step, effective)
     training.end(config, accelerator)
     guard.close()

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import train_ncp_dpo  # noqa: E402 (after the path)
 from ncp import cache, data, models, training  # noqa: E402
 from ncp.config import parse  # noqa: E402
+from ncp.processes import tied  # noqa: E402
 
 
 def arm(folder: Path, cached: bool, batch: int) -> tuple[train_ncp_dpo.Config, data.Pairs, cache.Cache | None]:
@@ -116,7 +117,8 @@ def main() -> None:
         config = ["--config", "configs/tiny_ncp_dpo.yaml", "--dataset_name", "tiny/data"]
         config += ["--cached_latents", str(folder / "cached"), "--cache_dir", str(folder / "arrow")]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "cache_latents.py", *config], cwd=ROOT, check=True, capture_output=True)
+        command = tied([sys.executable, "cache_latents.py", *config])
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         figures: dict[str, Any] = {"make_cache_s": time.perf_counter() - start, "threads": torch.get_num_threads()}
         times = step_times(folder, args.steps, size)
         for name, seconds in times.items():

@@ -34,6 +34,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ncp.processes import end_with_parent, tied  # noqa: E402 (after the path)
+
 ROWS, PROMPTS, ROWS_PER_FILE, ROWS_PER_GROUP = 959_040, 58_960, 1487, 1000
 COLUMNS = ["caption", "created_at", "has_label", "best_image_uid", "image_0_uid", "image_1_uid", "label_0", "label_1"]
 COLUMNS += ["ranking_id"]
@@ -227,7 +231,7 @@ ENGINES: dict[str, Callable[[Path], list[int]] | None] = {
 def launch(*arguments: object) -> tuple[float, float, float]:
     """Runs Python in a new process; (seconds until it says how many images there are, then to its end, peak MB)."""
     start = time.perf_counter()
-    command = [sys.executable, *map(str, arguments)]
+    command = tied([sys.executable, *arguments])
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         decided = None
         for line in process.stdout:
@@ -319,9 +323,14 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def _worker(function: Callable[..., Any], *arguments: Any) -> None:
+    end_with_parent()
+    function(*arguments)
+
+
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> None:
     """Elsewhere, so that its memory does not count as that of the processes started from here."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=_worker, args=(function, *arguments))
     process.start()
     process.join()
     if process.exitcode:

@@ -28,7 +28,6 @@ import copy
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ncp.processes import tied  # noqa: E402 (after the path)
 
 PHASES = ("conditions", "policy", "reference", "encoder", "backward", "optimizer")
 
@@ -205,9 +206,9 @@ class Arm:
         return counter.get_total_flops()
 
     def peak_memory_gib(self) -> float:
-        if self.device.type == "cuda":
-            return self.torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        from ncp.training import peak_memory_gib
+
+        return peak_memory_gib(self.device)
 
     def tensors_gib(self) -> float:
         """All parameters and optimizer state, each storage once, and the most that a step has beside them."""
@@ -268,7 +269,8 @@ class Worker:
     """An arm in a process of its own; `ask` gives None once that has ended, out of memory for example."""
 
     def __init__(self, name: str, model: str, argv: list[str]):
-        command = [sys.executable, __file__, "--worker", name, "--model", model, *argv]
+        # Tied: a step that is under way would not notice that its commands have ended.
+        command = tied([sys.executable, __file__, "--worker", name, "--model", model, *argv])
         self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.built_s = self.read()

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncp.config import UserError, option
+from ncp.config import UserError, one_item_each, option
+from ncp.processes import misunderstanding
 
 # An image is a function of these, of the model's weights, of its prompt and of its sample number; of nothing else.
 PROTOCOL = (
@@ -108,6 +109,9 @@ class Config:
             raise UserError("models is empty; expected base or NAME=PATH entries")
         if not self.scorers:
             raise UserError(f"scorers is empty; expected some of: {', '.join(SCORERS)}")
+        for key in ("models", "runs", "scorers"):
+            parts = [entry.partition("=") for entry in getattr(self, key)]
+            one_item_each(key, ["".join(p) for p in parts if "," in p[0] or not Path(p[2]).exists()])
         for key in ("models", "runs"):
             for entry in getattr(self, key):
                 name, equals, path = entry.partition("=")
@@ -146,12 +150,18 @@ def entries(listed: list[str]) -> list[tuple[str, str]]:
 
 
 def processes() -> Any:
-    """accelerate's view of this process: device, index, how many there are. Without a GPU they meet on the CPU."""
+    """accelerate's view of this process: device, index, how many there are. Without a GPU they meet on the CPU.
+
+    Raises UserError if that is not what the launcher says.
+    """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if reason := misunderstanding(state.num_processes):
+        raise UserError(reason)
+    return state
 
 
 # ---------------------------------------------------------------- files of a step

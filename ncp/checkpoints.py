@@ -38,6 +38,7 @@ from ncp.cache import columns_of, fingerprint
 from ncp.config import DIVERGED, Stopped, TrainingConfig, UserError, read_yaml, save
 from ncp.data import Pairs
 from ncp.files import sha256
+from ncp.lock import hold, is_empty, release
 from ncp.models import Description, Models, identity
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -94,14 +95,17 @@ def load_lora(models: Models, folder: Path) -> None:
 def claim_output_dir(config: TrainingConfig, accelerator: Accelerator, inputs: dict[str, Any]) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run. The main process chooses, the others must find the same.
 
-    inputs: `what_it_depends_on`. Raises UserError if there is nothing to resume from, if the checkpoint belongs to
-    another run, if the folder holds anything while resuming is off, or if it cannot be written.
+    The main process becomes the folder's only writer. inputs: `what_it_depends_on`. Raises UserError if there is
+    nothing to resume from, if the checkpoint belongs to another run, if the folder holds anything while resuming is
+    off, if another run writes to it, or if it cannot be written.
     """
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
+            hold(Path(config.output_dir))
             chosen[0] = _choose(config)
         except UserError as error:
+            release()
             chosen[1] = str(error)
     checkpoint, refusal = broadcast_object_list(chosen)
     if refusal:
@@ -127,13 +131,11 @@ def claim_output_dir(config: TrainingConfig, accelerator: Accelerator, inputs: d
 
 def _choose(config: TrainingConfig) -> Path | None:
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file")
     if wanted not in (None, "latest", "auto"):
         if reason := checkpoint_fault(Path(wanted)):
             raise UserError(f"resume_from_checkpoint: {wanted}: {reason}")
         return Path(wanted)
-    empty = not folder.is_dir() or not any(folder.iterdir())
+    empty = is_empty(folder)
     if wanted is not None:
         checkpoint, skipped = newest(folder)
         for reason in skipped:
@@ -263,7 +265,10 @@ def _write(
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until the disk has a file or, where folders can be opened (not on Windows), the names in a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

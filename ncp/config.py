@@ -2,8 +2,8 @@
 
 A configuration is a dataclass whose fields are made with `option`. `parse` reads `--config FILE` and
 `--any_key value`, gives both the same types and ranges, lets the command line win, and refuses what
-it does not know. Every mistake is a `UserError`: one line that says what is wrong, where, and what
-would be right.
+it does not know. A list is written as in YAML in both, `--key "[a, b]"`; a bare text is one item.
+Every mistake is a `UserError`: one line that says what is wrong, where, and what would be right.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 
 import yaml
 from tqdm import tqdm
+
+from ncp.processes import follow_launcher
 
 T = TypeVar("T")
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # the hub's access tokens
@@ -101,7 +103,9 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
             values[name] = _convert(value, hints[name], fields[name], f"{known.config}: {name}")
     for name, field in fields.items():
         if (text := getattr(known, name)) is not dataclasses.MISSING:
-            values[name] = _convert(text, hints[name], field, f"command line: --{name}")
+            where = f"command line: --{name}"
+            value = _as_in_yaml(text, where) if _is_list(hints[name]) else text
+            values[name] = _convert(value, hints[name], field, where)
         elif (
             name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         ):
@@ -142,6 +146,7 @@ def run(main: Callable[[], Any]) -> None:
     A Stopped becomes a line and its own status.
     """
     first = os.environ.get("RANK", "0") == "0"
+    follow_launcher()
     try:
         try:
             main()
@@ -353,6 +358,8 @@ class TrainingConfig:
             raise UserError(f"tracker_project_name is {self.tracker_project_name!r}; expected a name, not a path")
         if self.hub_model_id is not None and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", self.hub_model_id):
             raise UserError(f"hub_model_id is {self.hub_model_id!r}; expected a name, or owner/name")
+        one_item_each("encoder_blocks", self.encoder_blocks)
+        one_item_each("checkpointed_blocks", self.checkpointed_blocks)
         if not self.encoder_blocks or len(set(self.encoder_blocks)) < len(self.encoder_blocks):
             raise UserError(f"encoder_blocks is {self.encoder_blocks}; expected at least one block, each once")
         if self.lr_warmup_steps > self.max_train_steps:
@@ -385,11 +392,33 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any
         if optional:
             return None
         raise UserError(f"{where} is empty; expected {_show(hint)}")
-    if typing.get_origin(inner) is list:
-        items = value if isinstance(value, list) else [v.strip() for v in str(value).split(",") if v.strip()]
+    if _is_list(hint):
         (item_type,) = typing.get_args(inner)
-        return [_scalar(item, item_type, field, where) for item in items]
+        return [_scalar(item, item_type, field, where) for item in (value if isinstance(value, list) else [value])]
     return _scalar(value, inner, field, where)
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(_unwrap(hint)[0]) is list
+
+
+def _as_in_yaml(text: str, where: str) -> Any:
+    """What `text` means after 'key: ' in a YAML file. Raises UserError if it means nothing there."""
+    try:
+        content = yaml.load(f"key: {text}", _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        content = {}
+    if list(content) != ["key"]:
+        example = "[first, second], or \"['one, with: odd signs']\""
+        raise UserError(f"{where} is {_SHORT.repr(text)}, which YAML cannot read; a list is written {example}")
+    return content["key"]
+
+
+def one_item_each(key: str, items: Sequence[str]) -> None:
+    """Raises UserError for an item that looks like several: a, b without the brackets of a list."""
+    for item in items:
+        if "," in item:
+            raise UserError(f"{key}: '{item}' is one item; several are written [{', '.join(re.split(', *', item))}]")
 
 
 def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
@@ -455,7 +484,7 @@ def _unwrap(hint: Any) -> tuple[Any, bool]:
 
 def _show(hint: Any) -> str:
     inner, optional = _unwrap(hint)
-    if typing.get_origin(inner) is list:
+    if _is_list(inner):
         name = f"list of {_show(typing.get_args(inner)[0])}"
     else:
         name = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(inner, str(inner))

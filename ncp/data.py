@@ -26,6 +26,7 @@ from ncp import hub
 from ncp.config import TrainingConfig, UserError
 from ncp.files import local_files
 from ncp.judgements import Judgements, read_judgements
+from ncp.processes import end_with_parent
 
 if TYPE_CHECKING:
     from ncp.cache import Cache
@@ -430,8 +431,10 @@ def loader(
 
 def _leave_signals_to_the_run(worker: int) -> None:
     # A scheduler or a terminal signals every process at once; the last step still needs its batches.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    end_with_parent()
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,25 +20,31 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from ncp.checkpoints import last_good, writing
+from ncp.checkpoints import last_good, read_manifest, writing
 from ncp.config import DIVERGED, INTERRUPTED, Stopped, TrainingConfig
 from ncp.data import PairDataset, collate
 from ncp.models import Models
-from ncp.training import to_device
+from ncp.training import Abandoned, to_device
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))  # Windows: no USR1
 STARTED = time.monotonic()
 ONE_KEYSTROKE = 2.0  # seconds: a terminal and a launcher may both pass on the same Ctrl-C
 
 
 class Guard:
-    """Watches a run. `stopped` is None, or why it ends after this step."""
+    """Watches a run. `stopped` is None, or why it ends after this step.
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, dataset: PairDataset):
+    owes_look: the run that left `checkpoint` was stopped in the middle of a look at the held-out pairs, or this one.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, dataset: PairDataset, checkpoint: Path | None = None
+    ):
         self.config, self.accelerator, self.dataset = config, accelerator, dataset
         self.stopped: Stopped | None = None
+        self.owes_look = bool(checkpoint and read_manifest(checkpoint).get("owes_look"))
         self._signal, self._signalled_at = 0, 0.0
-        self._in_a_row, self._warned = 0, False
+        self._in_a_row, self._warned, self._stepped = 0, False, False
         self._losses: list[torch.Tensor] = []
         self._pairs: list[int] = []
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -60,21 +66,9 @@ class Guard:
 
         In the same small reduction they agree whether a signal or the clock ends the run after this step.
         """
-        losses, pairs = torch.cat(self._losses), self._pairs
+        losses, pairs, self._stepped = torch.cat(self._losses), self._pairs, True
         self._losses, self._pairs = [], []
-        finite = losses.isfinite().all()
-        limit = self.config.max_train_hours
-        late = limit is not None and time.monotonic() - STARTED >= limit * 3600
-        flags = [~finite, ~torch.as_tensor(grad_norm, device=losses.device).isfinite()]
-        flags += [torch.as_tensor(x, device=losses.device) for x in (late, self._signal)]
-        gathered = self.accelerator.gather(torch.stack([f.float() for f in flags])).view(-1, len(flags))
-        bad_loss, bad_gradient, late, number = gathered.amax(0).tolist()
-        if number or late:
-            why = f"by {signal.Signals(int(number)).name}" if number else f"after max_train_hours ({limit:g})"
-            there = Path(self.config.output_dir) / f"checkpoint-{step}"
-            self.stopped = Stopped(
-                f"stopped {why} at step {step}; resume_from_checkpoint: latest goes on from {there}", INTERRUPTED
-            )
+        bad_loss, bad_gradient = self._agree(step, ~losses.isfinite().all(), ~torch.as_tensor(grad_norm).isfinite())
         if not (bad_loss or bad_gradient):
             self._in_a_row = 0
             return True
@@ -88,6 +82,45 @@ class Guard:
         if self._in_a_row >= self.config.max_skipped_steps:
             self._diverged(step, f"{self._in_a_row} steps in a row had a loss or gradient that is not finite")
         return False
+
+    def _agree(self, step: int, *flags: torch.Tensor | bool) -> list[bool]:
+        """Whether each flag is set on any process. All must call it, and learn whether the run ends after this step."""
+        device, limit = self.accelerator.device, self.config.max_train_hours
+        # Not before a step is made: each start of a run gets at least so far.
+        late = limit is not None and self._stepped and time.monotonic() - STARTED >= limit * 3600
+        own = torch.stack([torch.as_tensor(f, device=device).float() for f in (*flags, late, self._signal)])
+        *found, late, number = self.accelerator.gather(own).view(-1, len(own)).amax(0).tolist()
+        if (number or late) and self.stopped is None:
+            why = f"by {signal.Signals(int(number)).name}" if number else f"after max_train_hours ({limit:g})"
+            there = Path(self.config.output_dir) / f"checkpoint-{step}"
+            self.stopped = Stopped(
+                f"stopped {why} at step {step}; resume_from_checkpoint: latest goes on from {there}", INTERRUPTED
+            )
+        return [bool(f) for f in found]
+
+    def together(self, step: int, work: Iterator[Any]) -> bool:
+        """Goes through this process's share of a work, in pieces of seconds; False if a signal or the clock ends it.
+
+        Before each piece all processes agree whether to go on: none waits long for another, and a signal to any of
+        them is heeded by all. A share may be empty. step: the last one that is finished.
+        """
+        more, end = True, object()
+        while self.stopped is None:
+            (busy,) = self._agree(step, more)
+            if not busy:
+                return True
+            if self.stopped is None and more:
+                more = next(work, end) is not end
+        return False
+
+    def between(self, step: int) -> None:
+        """The same between pieces of what this process does alone. The others wait in `together`; it joins them there.
+
+        Raises Abandoned if a signal or the clock ends the run.
+        """
+        self._agree(step, True)
+        if self.stopped is not None:
+            raise Abandoned
 
     def _report(self, step: int, losses: torch.Tensor, pairs: list[int], grad_norm: torch.Tensor) -> None:
         """Names the pairs whose loss is not finite (all, if only the gradient is not) on the screen and in a file."""
@@ -104,10 +137,16 @@ class Guard:
         self._say(f"step {step} skipped: gradient norm {float(grad_norm):g}; suspects: {first}{rest}; all in {file}")
 
     def watch(self, step: int, heldout: HeldOut | None) -> dict[str, float]:
-        """Figures of the held-out pairs if a look is due, else {}. Warns, or ends the run, if their winners drift."""
+        """Figures of the held-out pairs if a look is due, else {}. Warns, or ends the run, if their winners drift.
+
+        {} as well if the look itself was cut short: `owes_look`.
+        """
         if heldout is None or step % self.config.heldout_steps:
             return {}
-        figures, most = heldout.figures(), self.config.max_winner_drift
+        figures, most = heldout.figures(self, step), self.config.max_winner_drift
+        self.owes_look = not figures
+        if self.owes_look:
+            return {}
         drift = figures["heldout_winner_drift"]
         text = f"the median held-out winner's loss is {drift:.1%} above the reference's"
         if most is not None and not drift <= most:  # or NaN
@@ -117,6 +156,10 @@ class Guard:
             self._say(f"warning: at step {step} {text}: collapse looks like this (README, Reading the metrics)")
         self._warned = bad
         return figures
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"owes_look": self.owes_look}
 
     def _diverged(self, step: int, why: str) -> None:
         left = last_good(Path(self.config.output_dir))  # the checkpoint of this step is not written yet
@@ -145,23 +188,27 @@ class HeldOut:
     ):
         self.objective, self.m, self.dataset, self.config, self.accelerator = objective, m, dataset, config, accelerator
         self.share = range(accelerator.process_index, dataset.pairs.heldout, accelerator.num_processes)
-        self.reference = self._losses(m.reference)
+        self.reference = self._joined(list(self._losses(m.reference)))
 
-    @torch.no_grad()
-    def _losses(self, unet: torch.nn.Module) -> torch.Tensor:
-        """(2, n) losses of this process's winners and losers, (1, n) without losers."""
-        found = []
+    def _losses(self, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
+        """Batch by batch, (2, n) losses of this process's winners and losers, (1, n) without losers."""
         for i in range(0, len(self.share), self.config.train_batch_size):
             samples = [self.dataset.heldout(k) for k in self.share[i : i + self.config.train_batch_size]]
             batch = to_device(collate(samples), self.accelerator)
-            _, metrics = self.objective(self.m, unet, batch, self.config)
-            found.append(torch.stack([metrics[k] for k in ("policy_w", "policy_l") if k in metrics]))
+            with torch.no_grad():
+                _, metrics = self.objective(self.m, unet, batch, self.config)
+            yield torch.stack([metrics[k] for k in ("policy_w", "policy_l") if k in metrics])
+
+    def _joined(self, found: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(found, dim=1) if found else torch.zeros(self.dataset.images, 0, device=self.accelerator.device)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, guard: Guard, step: int) -> dict[str, float]:
         """heldout_winner_drift: relative rise of the median winner's loss; heldout_accuracy (not for SFT): share of
-        pairs whose winner gained on its loser. The same for any number of processes."""
-        drift = self._losses(self.m.unet) - self.reference
+        pairs whose winner gained on its loser. The same for any number of processes. {} if the guard ended the look."""
+        found: list[torch.Tensor] = []
+        if not guard.together(step, map(found.append, self._losses(self.m.unet))):
+            return {}
+        drift = self._joined(found) - self.reference
         relative = drift[0] / self.reference[0].clamp_min(torch.finfo(drift.dtype).tiny)
         figures = {"heldout_winner_drift": median(gather_object(relative.tolist()))}
         if len(drift) == 2:

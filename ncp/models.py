@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -426,10 +427,12 @@ def draw(
     guidance_scale: float,
     accelerator: Accelerator,
     batch_size: int = 8,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
     """One picture per prompt with DDIM, each from its own seed: the same whatever is drawn beside it.
 
-    pipe: what `load_pipe` gives; unet: the policy or the reference.
+    pipe: what `load_pipe` gives; unet: the policy or the reference. between: called between sampler steps; it may
+    raise, to end the drawing.
     """
     vae, parts = pipe.vae, dict(pipe.components)
     parts |= {"unet": unet, "scheduler": scheduler_like(DDIMScheduler, models.description.scheduler)}
@@ -449,6 +452,7 @@ def draw(
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]],
                 output_type="latent",
+                callback_on_step_end=lambda pipe, step, timestep, kwargs: (between(), kwargs)[1],
             ).images
         images += decode(vae, latents)  # outside autocast: a VAE that needs float32 gets it
     unet.train(training)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import GradScalerKwargs, ProjectConfiguration
+from accelerate.utils import GradScalerKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
 from transformers import CLIPTokenizer
@@ -29,13 +29,21 @@ from ncp.cache import columns_of
 from ncp.checkpoints import WEIGHTS, read_manifest, save_lora, writing
 from ncp.config import TrainingConfig, UserError
 from ncp.data import Pairs, describe_manifest
+from ncp.lock import release
 from ncp.models import Models, draw, load_pipe
+from ncp.processes import misunderstanding
+
+if TYPE_CHECKING:
+    from ncp.guard import Guard
 
 # ---------------------------------------------------------------- start
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's engine for this config. Raises UserError for an engine, precision or tracker that it cannot have."""
+    """accelerate's engine for this config.
+
+    Raises UserError for an engine, precision or tracker that it cannot have, and if it misunderstands its launcher.
+    """
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
             # The policy, the reference and the encoder share one frozen U-Net, which sharding would take apart.
@@ -66,6 +74,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"report_to is '{config.report_to}': {str(error).splitlines()[0]}") from None
+    if reason := misunderstanding(accelerator.num_processes):
+        raise UserError(reason)
     if tracker and not accelerator.log_with:  # accelerate drops a tracker that is not installed without a word
         raise UserError(f"report_to is '{tracker}', which is not installed (pip install {tracker})")
     for line in precision.notes(config, accelerator.device):
@@ -103,10 +113,11 @@ def log(config: TrainingConfig, accelerator: Accelerator, figures: dict[str, flo
 
 
 def end(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Closes trackers. The process group is left later, by `ncp.config.run`."""
+    """Closes trackers and gives the output folder up. The process group is left later, by `ncp.config.run`."""
     with writing(Path(config.output_dir)):
         for tracker in accelerator.trackers:
             tracker.finish()
+    release()
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:
@@ -159,8 +170,10 @@ def averaged(models: Models, ema: EMAModel | None) -> Iterator[None]:
         return
     ema.store(models.lora_parameters)
     ema.copy_to(models.lora_parameters)
-    yield
-    ema.restore(models.lora_parameters)
+    try:
+        yield
+    finally:
+        ema.restore(models.lora_parameters)
 
 
 def announce(config: TrainingConfig, accelerator: Accelerator, models: Models, pairs: Pairs, first_step: int) -> None:
@@ -294,11 +307,38 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory in use so far: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # on Unix alone
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # ---------------------------------------------------------------- pictures
+
+
+class Abandoned(Exception):
+    """Pictures that are not finished, because a signal or the clock ends the run."""
+
+
+def pictures_due(config: TrainingConfig, step: int) -> bool:
+    """Whether pictures are drawn between this step and the next."""
+    each, last = config.validation_steps, config.max_train_steps
+    return bool(config.validation_prompts) and each is not None and step % each == 0 and step < last
+
+
+def pictures_owed(config: TrainingConfig, accelerator: Accelerator, checkpoint: Path | None, step: int) -> bool:
+    """Whether the run that left `checkpoint` was to draw pictures at its step and has not. The main process looks."""
+    owed = checkpoint is not None and pictures_due(config, step) and not _picture_file(config, step).is_file()
+    (owed,) = broadcast_object_list([owed])
+    return owed
+
+
+def _picture_file(config: TrainingConfig, step: int) -> Path:
+    return Path(config.output_dir) / "validation" / f"step-{step:06d}.png"
 
 
 def validate(
@@ -308,32 +348,25 @@ def validate(
     ema: EMAModel | None,
     step: int,
     cache: dict[str, Any],
+    guard: Guard,
 ) -> None:
     """Draws the validation prompts with the reference and with the tuned model, and saves both as one grid.
 
-    `cache` keeps the reference's pictures between calls. Main process only; the others wait.
+    `cache` keeps the reference's pictures between calls. The main process draws; the others wait, a sampler step at a
+    time. If a signal comes or the time is over, it ends without pictures, and `guard.stopped` says so.
     """
     if not config.validation_prompts:
         return
+    picture = None
     if accelerator.is_main_process:
-        prompts = config.validation_prompts
-        seeds = [config.validation_seed + i for i in range(len(prompts))]
-        settings = {
-            "resolution": config.resolution,
-            "num_inference_steps": config.validation_num_inference_steps,
-            "guidance_scale": config.validation_guidance_scale,
-            "accelerator": accelerator,
-        }
-        pipe = models.pipe or load_pipe(config, models.description, accelerator)  # with a cache: only while drawing
-        if "reference" not in cache:
-            cache["reference"] = draw(models, pipe, models.reference, prompts, seeds, **settings)
-        with averaged(models, ema):
-            tuned = draw(models, pipe, models.unet, prompts, seeds, **settings)
-        picture = grid({"reference": cache["reference"], f"step {step}": tuned}, prompts)
+        with suppress(Abandoned):
+            picture = _pictures(config, models, accelerator, ema, step, cache, partial(guard.between, step))
+    guard.together(step, iter(()))
+    if picture is not None:
+        file = _picture_file(config, step)
         with writing(Path(config.output_dir)):
-            folder = Path(config.output_dir) / "validation"
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"step-{step:06d}.png")
+            file.parent.mkdir(exist_ok=True)
+            picture.save(file)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
@@ -345,6 +378,33 @@ def validate(
 
                 tracker.log({"validation": wandb.Image(picture)}, step=step)
     accelerator.wait_for_everyone()
+
+
+def _pictures(
+    config: TrainingConfig,
+    models: Models,
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    step: int,
+    cache: dict[str, Any],
+    between: Callable[[], None],
+) -> Image.Image:
+    """The grid. `between` is called between sampler steps, and may raise."""
+    prompts = config.validation_prompts
+    seeds = [config.validation_seed + i for i in range(len(prompts))]
+    settings = {
+        "resolution": config.resolution,
+        "num_inference_steps": config.validation_num_inference_steps,
+        "guidance_scale": config.validation_guidance_scale,
+        "accelerator": accelerator,
+        "between": between,
+    }
+    pipe = models.pipe or load_pipe(config, models.description, accelerator)  # with a cache: only while drawing
+    if "reference" not in cache:
+        cache["reference"] = draw(models, pipe, models.reference, prompts, seeds, **settings)
+    with averaged(models, ema):
+        tuned = draw(models, pipe, models.unet, prompts, seeds, **settings)
+    return grid({"reference": cache["reference"], f"step {step}": tuned}, prompts)
 
 
 def grid(rows: dict[str, list[Image.Image]], prompts: list[str], cell: int = 160) -> Image.Image:

@@ -30,7 +30,7 @@ def configured(output: Path, *extra: str) -> Config:
         "--bootstrap_samples",
         "200",
     ]
-    models = [] if "--models" in extra else ["--models", "base,secret=x"]
+    models = [] if "--models" in extra else ["--models", "[base, secret=x]"]
     return parse(Config, [*fixed, *models, "--output_dir", str(output), *map(str, extra)])
 
 
@@ -49,6 +49,10 @@ def out(tmp_path) -> Path:
     noted = {"protocol": configured(tmp_path).protocol(), "models": {"base": {"path": "m"}, "secret": {"path": "x"}}}
     (tmp_path / "protocol.json").write_text(json.dumps(noted))
     return tmp_path
+
+
+def yaml_list(files: list[Path]) -> str:
+    return f"[{', '.join(map(str, files))}]"
 
 
 def page_of(out: Path) -> tuple[dict, dict, str]:
@@ -107,7 +111,7 @@ def test_sides_are_balanced_and_do_not_depend_on_other_pairs():
 
 def test_three_models_make_three_comparisons():
     index = [{"model": m, "prompt": p, "sample": 0, "file": m + p} for m in ("base", "b", "c") for p in ("x", "y")]
-    pairs = annotate.blind(configured(Path("o"), "--models", "base,b=1,c=2"), index)
+    pairs = annotate.blind(configured(Path("o"), "--models", "[base, b=1, c=2]"), index)
     assert len(pairs) == 6 and len({(p["prompt"], *sorted((p["left"], p["right"]))) for p in pairs}) == 6
 
 
@@ -121,7 +125,7 @@ def test_a_second_page_does_not_take_the_first_ones_key(out):
     with pytest.raises(UserError, match="only one model"):
         compare(configured(out, "--annotate", "--models", "base"))
     with pytest.raises(UserError, match="no images of other"):
-        compare(configured(out, "--annotate", "--models", "base,other=x"))
+        compare(configured(out, "--annotate", "--models", "[base, other=x]"))
 
 
 # ---------------------------------------------------------------- the votes
@@ -158,7 +162,7 @@ def voted(out) -> tuple[Path, list[Path], dict]:
 
 def test_votes_are_counted_by_hand(voted, capsys):
     out, files, _ = voted
-    compare(configured(out, "--annotate_prompts", "4", "--votes", ",".join(map(str, files))))
+    compare(configured(out, "--annotate_prompts", "4", "--votes", yaml_list(files)))
     with open(out / "votes.csv", newline="") as file:
         rows = {r["question"]: r for r in csv.DictReader(file)}
     # Pair 1: 3 of 3 for secret. 2: 2 of 3 for secret. 3: all differ, a tie. 4: two ties, one abstention: a tie.
@@ -181,8 +185,8 @@ def test_votes_are_counted_by_hand(voted, capsys):
 
 def test_the_reference_is_the_model_that_the_config_names_first(voted):
     out, files, _ = voted
-    models = ["--models", "secret=x,base"]
-    tallies = count_votes(configured(out, "--votes", ",".join(map(str, files)), *models)).tallies
+    models = ["--models", "[secret=x, base]"]
+    tallies = count_votes(configured(out, "--votes", yaml_list(files), *models)).tallies
     assert (tallies[0].reference, tallies[0].model, tallies[0].win_rate) == ("secret", "base", 0.25)
 
 
@@ -210,7 +214,7 @@ def test_votes_that_do_not_belong_are_refused(voted, change, message):
     content = json.loads(files[2].read_text())
     files[2].write_text(json.dumps({**content, **change}))
     with pytest.raises(UserError) as error:
-        compare(configured(out, "--votes", ",".join(map(str, files))))
+        compare(configured(out, "--votes", yaml_list(files)))
     assert message in str(error.value) and files[2].name in str(error.value) and "\n" not in str(error.value)
     assert not (out / "votes.csv").exists()
 
@@ -225,7 +229,7 @@ def test_missing_and_damaged_vote_files_are_refused(voted):
     ):
         harm()
         with pytest.raises(UserError, match=re.escape(message)):
-            compare(configured(out, "--votes", ",".join(map(str, files))))
+            compare(configured(out, "--votes", yaml_list(files)))
     assert "the config does not name" in refused_models(voted)
 
 

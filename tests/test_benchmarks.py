@@ -1,13 +1,13 @@
 """The benchmarks run, and what they compare computes the same."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from support import python
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 def test_a_step_is_timed_by_phase_beside_the_straightforward_one(tmp_path):
     arms = "cached latent:space=latent straightforward"
-    command = [sys.executable, "benchmarks/step.py", "--model", "tiny", "--steps", "1", "--train_batch_size", "2"]
+    command = ["benchmarks/step.py", "--model", "tiny", "--steps", "1", "--train_batch_size", "2"]
     command += ["--arms", arms, "--json", str(tmp_path / "f.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
     assert list(figures["arms"]) == ["cached", "latent:space=latent", "straightforward"]

@@ -46,7 +46,20 @@ def write(tmp_path: Path, text: str) -> str:
         ("flag", "on", "yes", True),
         ("limit", "null", "none", None),
         ("limit", "5", "5", 5),
-        ("words", "[x, y z]", "x, y z", ["x", "y z"]),
+        *[
+            ("words", text, text, value)
+            for text, value in (
+                ("[x, y z]", ["x", "y z"]),
+                ("[]", []),
+                ("portrait of an old fisherman, oil painting", ["portrait of an old fisherman, oil painting"]),
+                ("[0, mid]", ["0", "mid"]),
+                ("12", ["12"]),
+                ("one # and a comment", ["one"]),
+                ("""['odd: signs', "a, b", plain]""", ["odd: signs", "a, b", "plain"]),
+                ('"[]"', ["[]"]),
+                ('["x.json", "ä 😀.json"]', ["x.json", "ä 😀.json"]),  # JSON, as evaluate.py writes it for --votes
+            )
+        ],
         ("mode", "b", "b", "b"),
     ],
 )
@@ -104,6 +117,14 @@ def test_each_mistake_is_one_line_that_names_its_place(tmp_path, text, message):
         (["--name"], "expected one argument"),
         (["--config", "no/such.yaml"], "no/such.yaml: cannot read the config file"),
         (["stray"], "unknown argument stray"),
+        (
+            ["--name", "n", "--words", "odd: signs"],
+            "--words is 'odd: signs', which YAML cannot read; a list is written [",
+        ),
+        (["--name", "n", "--words", "[x, y"], "--words is '[x, y', which YAML cannot read"),
+        (["--name", "n", "--words", "x\nname: m"], "which YAML cannot read"),
+        (["--name", "n", "--words", ""], "--words is empty; expected list of text"),
+        (["--name", "n", "--words", "[[x], y]"], "--words is ['x']; expected text"),
     ],
 )
 def test_command_line_mistakes(argv, message):
@@ -112,7 +133,7 @@ def test_command_line_mistakes(argv, message):
 
 
 def test_saved_config_reads_back(tmp_path):
-    config = parse(Small, ["--name", "n: #", "--rate", "1e-8", "--words", "a,b"])
+    config = parse(Small, ["--name", "n: #", "--rate", "1e-8", "--words", "[a, 'b, #: c']"])
     save(config, tmp_path / "saved.yaml")
     assert parse(Small, ["--config", str(tmp_path / "saved.yaml")]) == config
 
@@ -124,7 +145,12 @@ def test_saved_config_reads_back(tmp_path):
         (["--timestep_offset", "x1"], "timestep_offset is 'x1'"),
         (["--secant", "0.5"], "secant is '0.5'"),
         (["--secant", "fast"], "secant is 'fast'"),
-        (["--encoder_blocks", "last,last"], "encoder_blocks is"),
+        (["--encoder_blocks", "[last, last]"], "encoder_blocks is"),
+        (["--encoder_blocks", "0,mid"], "encoder_blocks: '0,mid' is one item; several are written [0, mid]"),
+        (
+            ["--checkpointed_blocks", "up0, mid"],
+            "checkpointed_blocks: 'up0, mid' is one item; several are written [up0",
+        ),
         (["--lr_warmup_steps", "11", "--max_train_steps", "10"], "lr_warmup_steps (11) is more than max_train_steps"),
     ],
 )
@@ -161,6 +187,23 @@ def test_every_shipped_config_parses_and_comments_every_key(file):
         assert large or 10 <= steps // config.checkpointing_steps <= 14  # a dozen points to look at
         if kind == "dpo":
             assert config.beta == 2500
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "several"),
+    [
+        ("models", "base,lam=LORA", "[base, lam=LORA]"),
+        ("models", "a=x, b=y", "[a=x, b=y]"),
+        ("runs", "a=x,b=y", "[a=x, b=y]"),
+        ("scorers", "clip,aesthetic", "[clip, aesthetic]"),
+    ],
+)
+def test_models_in_a_row_without_brackets_are_told_how_to_be_written(tmp_path, key, value, several):
+    argv = ["--config", str(ROOT / "configs/eval_tiny.yaml")]
+    with pytest.raises(UserError, match=re.escape(f"{key}: '{value}' is one item; several are written {several}")):
+        parse(protocol.Config, [*argv, f"--{key}", value])
+    (tmp_path / "odd, name").mkdir()  # a comma in a path is none of a list
+    assert parse(protocol.Config, [*argv, "--models", f"a={tmp_path}/odd, name"]).models == [f"a={tmp_path}/odd, name"]
 
 
 @pytest.mark.parametrize("name", ["pickapic_validation", "partiprompts", "hpdv2"])

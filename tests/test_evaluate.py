@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from pipelines import SIDE, save_pipeline, unet
 from safetensors.torch import load_file, save_file
+from support import python
 
 import evaluate
 from evaluation.compare import compare
@@ -89,7 +89,7 @@ def save_lora(folder: Path, seed: int, xl: bool = False) -> None:
 def arguments(assets: Path, output: Path, *extra: str) -> list[str]:
     settings = {
         "pretrained_model_name_or_path": assets / "sd",
-        "models": f"base,tuned={assets / 'lora'}",
+        "models": f"[base, tuned={assets / 'lora'}]",
         "prompts": assets / "prompts.txt",
         "output_dir": output,
         "scheduler": "ddim",
@@ -111,9 +111,7 @@ def configured(assets: Path, output: Path, *extra: str) -> Config:
 
 def launch(argv: list[str], *prefix: str, **environment: str) -> subprocess.CompletedProcess:
     """The script in a process of its own, as a user would start it."""
-    command = [sys.executable, *prefix, str(ROOT / "evaluate.py"), *argv]
-    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=everything, timeout=300)
+    return python(*prefix, ROOT / "evaluate.py", *argv, **environment)
 
 
 def images(folder: Path) -> dict[str, np.ndarray]:
@@ -185,7 +183,7 @@ def test_every_kind_of_model_draws_what_it_should(assets, tmp_path):
         "pipe": assets / "sd",
     }
     entries["file"] = assets / "lora" / "pytorch_lora_weights.safetensors"
-    listed = ",".join(["base", *(f"{k}={v}" for k, v in entries.items())])
+    listed = f"[{', '.join(['base', *(f'{k}={v}' for k, v in entries.items())])}]"
     config = configured(assets, tmp_path / "out", "--models", listed, "--max_prompts", "1", "--batch_size", "1")
     generate(config)
     got = {name.partition("/")[0]: pixels for name, pixels in images(tmp_path / "out" / "images").items()}
@@ -345,7 +343,7 @@ def test_redrawn_images_are_scored_afresh(assets, out, tmp_path):
     shutil.copytree(assets / "lora", tmp_path / "lora")
     old = {r["file"]: r["score"] for r in pq.read_table(out / "scores.parquet").to_pylist()}
     save_lora(tmp_path / "lora", seed=99)
-    config = configured(assets, out, "--models", f"base,tuned={tmp_path / 'lora'}")
+    config = configured(assets, out, "--models", f"[base, tuned={tmp_path / 'lora'}]")
     with pytest.raises(UserError, match=r"model 'tuned': .* other weights .* remove that folder"):
         generate(config)
     shutil.rmtree(out / "images" / "tuned")
@@ -465,7 +463,7 @@ def test_scores_of_a_judge_that_was_added_join_the_others(assets, out):
     (assets / "judges_of_the_test_2.py").write_text(
         "def width(images, prompts):\n    return [i.width for i in images]\n"
     )
-    config = configured(assets, out, "--scorers", f"{BRIGHT},judges_of_the_test_2:width")
+    config = configured(assets, out, "--scorers", f"[{BRIGHT}, judges_of_the_test_2:width]")
     before = pq.read_table(out / "scores.parquet").to_pylist()
     score(config)
     table = pq.read_table(out / "scores.parquet")
@@ -618,7 +616,7 @@ def test_a_folder_gives_a_category_per_file(assets, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(prompts))
     every = prompts_of(assets, tmp_path)
     assert every == [("a", "anime"), ("b", "anime"), ("d", "drawbench"), ("c", "photo")]  # each prompt once
-    chosen = prompts_of(assets, tmp_path, "--prompts_files", "photo.json, an*.json", "--max_prompts", "3")
+    chosen = prompts_of(assets, tmp_path, "--prompts_files", "[photo.json, an*.json]", "--max_prompts", "3")
     assert chosen == [("c", "photo"), ("a", "photo"), ("b", "anime")]
 
 
@@ -670,8 +668,8 @@ def refused(step, assets: Path, output: Path, *extra: str) -> str:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--models", "base,x=/no/such"], "model 'x': no such file or folder: /no/such"),
-        (["--models", "base,x={}/run"], "model 'x': {}/run holds neither a pipeline"),
+        (["--models", "[base, x=/no/such]"], "model 'x': no such file or folder: /no/such"),
+        (["--models", "[base, x={}/run]"], "model 'x': {}/run holds neither a pipeline"),
         (["--models", "x={}"], "neither a pipeline, nor pytorch_lora_weights.safetensors, nor a U-Net"),
         (["--models", "x={}/sd/vae"], "is of a AutoencoderKL; expected UNet2DConditionModel"),
         (["--pretrained_model_name_or_path", "{}/lora"], "is a lora; expected a diffusers pipeline"),
@@ -707,9 +705,9 @@ def test_generate_refuses_before_a_model_is_loaded(assets, tmp_path, monkeypatch
         (["--models", "a b=x"], "models: 'a b=x'"),
         (["--models", "a="], "models: 'a='"),
         (["--runs", "base"], "runs: 'base'; expected NAME=PATH"),
-        (["--models", "base,x=1,x=2"], "the name 'x' is given twice"),
-        (["--models", ","], "models is empty"),
-        (["--scorers", ","], "scorers is empty"),
+        (["--models", "[base, x=1, x=2]"], "the name 'x' is given twice"),
+        (["--models", "[]"], "models is empty"),
+        (["--scorers", "[]"], "scorers is empty"),
         (["--resolution", "65"], "resolution is 65"),
     ],
 )
@@ -736,9 +734,9 @@ def test_steps_out_of_order_say_which_comes_first(assets, tmp_path, out):
 
 
 def test_missing_images_and_models_are_named(assets, out):
-    assert "no images of other in" in refused(compare, assets, out, "--models", f"base,other={assets / 'lora'}")
+    assert "no images of other in" in refused(compare, assets, out, "--models", f"[base, other={assets / 'lora'}]")
     for step in (score, compare):
-        said = refused(step, assets, out, "--models", f"base,tuned={assets / 'bare-unet'}")
+        said = refused(step, assets, out, "--models", f"[base, tuned={assets / 'bare-unet'}]")
         assert f"the images of 'tuned' are by {assets / 'lora'}, not by {assets / 'bare-unet'}" in said
     file = next((out / "images" / "tuned").glob("*.png"))
     file.unlink()
@@ -833,7 +831,7 @@ def test_models_on_the_hub_are_told_apart(assets, tmp_path, monkeypatch):
         "--revision",
         "v2",
         "--models",
-        "base,a=me/lora,b=me/tuned,c=x/y",
+        "[base, a=me/lora, b=me/tuned, c=x/y]",
     ]
     config = configured(assets, tmp_path / "out", *extra)
     with pytest.raises(UserError, match="model 'c': the hub's x/y holds neither a pipeline"):
@@ -848,7 +846,7 @@ def test_models_on_the_hub_are_told_apart(assets, tmp_path, monkeypatch):
 
 
 def test_the_command_line(assets, tmp_path, monkeypatch):
-    assert evaluate.join_lists(["--a", "b", "--votes", "x", "y", "--c"]) == ["--a", "b", "--votes", "x,y", "--c"]
+    assert evaluate.join_lists(["--a", "b", "--votes", "x", "y", "--c"]) == ["--a", "b", "--votes", '["x", "y"]', "--c"]
     assert evaluate.join_lists(["--votes"]) == ["--votes"] and evaluate.join_lists(["--a"]) == ["--a"]
     hub = launch(["generate", *arguments(assets, tmp_path / "o", "--models", "x=some/one")], HF_HUB_OFFLINE="1")
     assert hub.returncode == 2 and hub.stderr.startswith(

@@ -6,11 +6,9 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support import python
 
 import filter_pickapic as fp
 import train_ncp_cpo
@@ -414,13 +413,7 @@ def write_shards(folder: Path, rows: list[dict], shards: int = 1, group: int = 3
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "filter_pickapic.py", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    return python("filter_pickapic.py", *arguments, HF_HUB_OFFLINE="1")
 
 
 def filtered(source: Path, output: Path, *arguments: object) -> dict:

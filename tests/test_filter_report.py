@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from support import python
 from test_filter_pickapic import STORY, config, filtered, games, jpeg, row, table, write_shards
 
 import filter_pickapic as fp
@@ -169,13 +168,13 @@ def test_nothing_is_loaded_from_elsewhere_and_it_fits_a_phone(tmp_path, browser)
 
 
 def test_benchmark_runs_and_its_engines_agree(tmp_path):
-    command = [sys.executable, "benchmarks/filter.py", "--folder", tmp_path, "--json", tmp_path / "figures.json"]
+    command = ["benchmarks/filter.py", "--folder", tmp_path, "--json", tmp_path / "figures.json"]
     size = ["--rows", 2000, "--copy_rows", 20, "--rounds", 1]
-    done = subprocess.run([str(c) for c in command + size], cwd=ROOT, capture_output=True, text=True)
+    done = python(*command, *size)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     pairs = {name: engine["pairs"] for name, engine in figures["decision"].items()}
     assert len(pairs) == 3 and len(set(pairs.values())) == 1 and pairs["pyarrow"] > 50
     assert set(figures["copy"]) == {"9% kept", "9%, shuffled", "all", "all, shuffled"}
-    done = subprocess.run([str(c) for c in [*command, "--copy_rows", 10**9]], cwd=ROOT, capture_output=True, text=True)
+    done = python(*command, "--copy_rows", 10**9)
     assert done.returncode == 1 and re.fullmatch(r"error: .* GB free, .* are needed; lower --copy_rows\n", done.stderr)

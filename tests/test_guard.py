@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from pipelines import save_dataset, save_pipeline
 from safetensors.torch import load_file
+from support import started, wait_for
 from test_scripts import ROOT, SCRIPTS, arguments, run_here
 
 import train_ncp_dpo
-from ncp import checkpoints, data, guard
+from ncp import checkpoints, data, guard, training
 from ncp.config import Stopped, UserError, parse
 
 
@@ -156,6 +159,116 @@ def test_max_train_hours_ends_a_run_in_the_same_way(assets, tmp_path, monkeypatc
     assert stop.value.status == guard.INTERRUPTED and (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
+# Two pictures of 3 sampler steps: calls 1 to 3 draw the reference, 4 to 6 the model of step 1, 7 to 9 that of the end.
+DRAWN = ["--validation_prompts", "[one, two]", "--validation_num_inference_steps", "3", "--validation_steps", "1"]
+
+
+@pytest.mark.parametrize(("kind", "call", "step"), [("dpo", 2, 1), ("cpo", 5, 1), ("sft", 8, 2)])
+def test_a_signal_while_pictures_are_drawn_is_heeded_at_once(assets, tmp_path, monkeypatch, kind, call, step):
+    extra = ["--max_train_steps", "2", "--checkpointing_steps", "9", "--use_ema", *DRAWN]
+    run_here(kind, arguments(assets, tmp_path / "whole", *extra), monkeypatch)
+    calls, between = [], guard.Guard.between
+
+    def send(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        between(*args)
+
+    monkeypatch.setattr(guard.Guard, "between", send)
+    with pytest.raises(Stopped, match=f"by SIGTERM at step {step};.*checkpoint-{step}$") as stop:
+        run_here(kind, arguments(assets, tmp_path / "out", *extra), monkeypatch)
+    monkeypatch.undo()
+    assert stop.value.status == guard.INTERRUPTED and len(calls) == call
+    assert checkpoints.checkpoint_fault(tmp_path / "out" / f"checkpoint-{step}") is None
+    names = sorted(p.name for p in (tmp_path / "out").glob("validation/*"))
+    assert names == ["step-000001.png"][: step - 1] and not (tmp_path / "out" / checkpoints.WEIGHTS).exists()
+    run_here(kind, arguments(assets, tmp_path / "out", *extra, "--resume_from_checkpoint", "auto"), monkeypatch)
+    same_weights(tmp_path)
+    for name in ("step-000001.png", "step-000002.png"):
+        assert (tmp_path / "out/validation" / name).read_bytes() == (tmp_path / "whole/validation" / name).read_bytes()
+
+
+def same_weights(folder) -> None:
+    whole, resumed = (load_file(folder / n / checkpoints.WEIGHTS) for n in ("whole", "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_signal_while_held_out_pairs_are_measured_is_heeded_at_once(assets, tmp_path, monkeypatch):
+    """6 pairs in batches of 2: calls 1 to 3 measure the reference, 4 is step 1, 5 to 7 look at it."""
+    extra = ["--max_train_steps", "3", "--checkpointing_steps", "1", "--heldout_pairs", "6", "--heldout_steps", "1"]
+    logged: dict[str, dict] = {"whole": {}, "out": {}}
+
+    def go(name: str, *more: str, **steps) -> None:
+        monkeypatch.setattr(
+            training, "log", lambda c, a, figures, step: logged[name].setdefault(step, {}).update(figures)
+        )
+        run_here("dpo", arguments(assets, tmp_path / name, *extra, *more), monkeypatch, **steps)
+
+    go("whole")
+    calls = []
+
+    def send(call, losses):
+        calls.append(call)
+        if call == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return losses
+
+    with pytest.raises(Stopped, match=r"by SIGINT at step 1;.*checkpoint-1$"):
+        go("out", **altered("dpo", send))
+    monkeypatch.undo()
+    assert calls == [1, 2, 3, 4, 5] and "heldout_winner_drift" not in logged["out"][1]
+    assert checkpoints.read_manifest(tmp_path / "out" / "checkpoint-1")["owes_look"]
+    go("out", "--resume_from_checkpoint", "latest")
+    same_weights(tmp_path)
+    assert [checkpoints.read_manifest(tmp_path / "out" / f"checkpoint-{n}")["owes_look"] for n in (2, 3)] == [False] * 2
+    for step in (1, 2, 3):
+        looks = [{k: v for k, v in logged[n][step].items() if k.startswith("heldout")} for n in logged]
+        assert len(looks[0]) == 2 and looks[0] == looks[1]
+
+
+def test_a_run_that_is_started_too_late_for_its_pictures_draws_them_the_next_time(assets, tmp_path, monkeypatch):
+    argv = arguments(assets, tmp_path / "out", "--max_train_steps", "1", *DRAWN, "--max_train_hours", "1e-6")
+    with pytest.raises(Stopped, match="after max_train_hours"):
+        run_here("sft", argv, monkeypatch)
+    monkeypatch.undo()
+    run_here("sft", [*argv, "--resume_from_checkpoint", "latest"], monkeypatch)
+    assert (tmp_path / "out" / "validation" / "step-000001.png").is_file()
+
+
+# Rank 1 is sent a signal while it waits for the pictures that rank 0 draws.
+WAITING = """
+import os, signal, train_ncp_sft as script
+from ncp import guard, training
+from ncp.config import run
+agree, calls, validate = guard.Guard._agree, [], training.validate
+def draw(*args):
+    guard.Guard._agree = count
+    validate(*args)
+def count(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return agree(*args)
+training.validate = draw
+try:
+    run(script.main)
+finally:
+    print("agreed", len(calls))
+"""
+
+
+def test_a_signal_to_a_process_that_waits_for_pictures_is_heeded_by_all(assets, tmp_path):
+    argv = arguments(assets, tmp_path / "out", "--max_train_steps", "9", "--heldout_pairs", "3", *DRAWN)
+    argv += ["--heldout_steps", "1", "--train_batch_size", "1"]  # 2 of the pairs for one process, 1 for the other
+    argv += ["--validation_num_inference_steps", "50"]
+    with ranks_of(WAITING, argv) as ranks:
+        said = [r.communicate(timeout=300) for r in ranks]
+    assert [r.returncode for r in ranks] == [guard.INTERRUPTED] * 2, said
+    assert "stopped by SIGUSR1 at step 1;" in said[0][1] and all("agreed 3" in out for out, _ in said), said
+    assert checkpoints.newest(tmp_path / "out")[0].name == "checkpoint-1"
+
+
 # Two processes as srun would start them: rank 1 gets a NaN at step 2, and a signal in step 3 if argv says so.
 RANK = """
 import gc, os, sys, signal, torch, train_ncp_dpo as script
@@ -184,21 +297,22 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def start_ranks(code: str, argv: list[str], count: int = 2) -> list[subprocess.Popen]:
+@contextmanager
+def ranks_of(code: str, argv: list[str], count: int = 2) -> Iterator[list[subprocess.Popen]]:
     """The processes of a run on this machine, as srun would start them: no launcher in between."""
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    common = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, "-c", code, *argv]
-    environments = [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
-    return [subprocess.Popen(command, env=e, start_new_session=True, **pipes) for e in environments]
+    with ExitStack() as stack:
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        yield [stack.enter_context(started(command, **common, **o)) for o in own]
 
 
 def test_all_processes_skip_and_stop_together(assets, tmp_path):
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "1")
     argv += ["--cache_dir", str(tmp_path / "cold")]  # which both build at once
-    ranks = start_ranks(RANK, argv)
-    said = [r.communicate(timeout=120) for r in ranks]
+    with ranks_of(RANK, argv) as ranks:
+        said = [r.communicate(timeout=300) for r in ranks]
     assert [r.returncode for r in ranks] == [guard.INTERRUPTED] * 2, said
     assert said[0][1].count("stopped by SIGUSR1 at step 3") == 1 and "stopped" not in said[1][1]
     assert all("left without DDP" in error for _, error in said), said  # the other order hangs, one time in a few
@@ -217,21 +331,20 @@ def test_a_launched_run_leaves_with_its_status_and_a_second_signal_ends_it_at_on
     slow = "import time, train_ncp_dpo as s\nfrom ncp.config import run\noriginal = s.ncp_dpo\n"
     slow += f"s.ncp_dpo = lambda *a: (time.sleep({20 if again else 0}) if [*__import__('pathlib').Path(a[3].output_dir)"
     slow += ".glob('checkpoint-*')] else None, original(*a))[1]\nrun(s.main)"
-    (process,) = start_ranks(slow, argv, count=1)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "checkpoint-3").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGTERM)  # the workers too, as a scheduler does
-    if again:
-        time.sleep(guard.ONE_KEYSTROKE + 0.3)
-        os.killpg(process.pid, signal.SIGTERM)
-    began = time.monotonic()
-    _, error = process.communicate(timeout=60)
+    with ranks_of(slow, argv, count=1) as (process,):
+        assert wait_for(lambda: (tmp_path / "out" / "checkpoint-3").is_dir())
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)  # the workers too, as a scheduler does
+        if again:
+            time.sleep(guard.ONE_KEYSTROKE + 0.3)
+            os.killpg(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        _, error = process.communicate(timeout=300)
+        took = time.monotonic() - began
     lines = [line for line in error.replace("\r", "\n").splitlines() if "stopped" in line]
     assert "Traceback" not in error
     if again:
-        assert process.returncode == -signal.SIGTERM and time.monotonic() - began < 5 and not lines
+        assert process.returncode == -signal.SIGTERM and took < 5 and not lines
     else:
         assert process.returncode == guard.INTERRUPTED and len(lines) == 1 and "by SIGTERM" in lines[0]
     checkpoint, skipped = checkpoints.newest(tmp_path / "out")

@@ -19,9 +19,9 @@ SFT = ["--config", "configs/tiny_ncp_sft.yaml", *ARGUMENTS[2:]]
     [
         ("dpo", []),
         ("dpo", ["--gradient_checkpointing", "true"]),
-        ("dpo", ["--gradient_checkpointing", "true", "--checkpointed_blocks", "up2,encoder"]),
+        ("dpo", ["--gradient_checkpointing", "true", "--checkpointed_blocks", "[up2, encoder]"]),
         ("dpo", ["--space", "latent"]),
-        ("dpo", ["--encoder_blocks", "0,mid", "--mixed_precision", "no"]),
+        ("dpo", ["--encoder_blocks", "[0, mid]", "--mixed_precision", "no"]),
         ("sft", []),
     ],
 )

@@ -54,7 +54,7 @@ def gradients(assets, tmp_path, *extra: str) -> dict[str, torch.Tensor]:
 
 
 OPTIONS = {
-    "checkpointing some blocks": ["--gradient_checkpointing", "true", "--checkpointed_blocks", "encoder,up2,mid"],
+    "checkpointing some blocks": ["--gradient_checkpointing", "true", "--checkpointed_blocks", "[encoder, up2, mid]"],
     "channels last": ["--channels_last", "true"],
     "compiled": ["--torch_compile", "true"],
 }

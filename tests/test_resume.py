@@ -7,13 +7,15 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 from pipelines import jpeg, save_dataset, save_pipeline
 from safetensors.torch import load_file
-from test_guard import altered, free_port, start_ranks
+from support import python, started
+from test_guard import altered, free_port, ranks_of
 from test_scripts import ROOT, SCRIPTS, arguments, launch, run_here
 
 from ncp import checkpoints
@@ -33,13 +35,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def test_runs_killed_anywhere_end_as_if_they_had_not_been():
-    done = subprocess.run(
-        [sys.executable, "tests/killing.py", "--every", "61"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    done = python("tests/killing.py", "--every", "61", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"9 runs killed and resumed, 0 ended otherwise", done.stdout), done.stdout
 
@@ -131,11 +127,9 @@ def test_a_moved_model_and_another_split_go_on_to_the_same_weights(assets, half,
     run_here("dpo", arguments(assets, tmp_path / "part", *first), monkeypatch)
     # Two processes, two micro-batches of one pair each, for what was one process with one of four.
     split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps", "2"]
-    ranks = start_ranks(
-        "import train_ncp_dpo as s\nfrom ncp.config import run\nrun(s.main)",
-        arguments(assets, tmp_path / "part", *extra, *split),
-    )
-    said = [r.communicate(timeout=120) for r in ranks]
+    code = "import train_ncp_dpo as s\nfrom ncp.config import run\nrun(s.main)"
+    with ranks_of(code, arguments(assets, tmp_path / "part", *extra, *split)) as ranks:
+        said = [r.communicate(timeout=300) for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], said
     assert "steps: 2 to 4" in said[0][0]
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "part")
@@ -181,20 +175,20 @@ def test_two_nodes_train_and_the_loss_of_one_ends_the_other_and_the_run_goes_on(
     extra = ["--max_train_steps", "4", "--checkpointing_steps", "1", "--train_batch_size", "1", "--ddp_timeout", "20"]
     port = free_port()
 
-    def node(rank: int, program: str, *more: str) -> subprocess.Popen:
+    def node(rank: int, program: str, *more: str) -> AbstractContextManager[subprocess.Popen]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
         command += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port, program]
-        argv = [*command, *arguments(assets, tmp_path / "out", *extra, *more)]
-        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        return started([*command, *arguments(assets, tmp_path / "out", *extra, *more)])
 
-    nodes = [node(rank, str(script)) for rank in (0, 1)]
-    said = [n.communicate(timeout=120)[1] for n in nodes]
-    assert all(n.returncode for n in nodes)
+    with node(0, str(script)) as first, node(1, str(script)) as second:
+        said = [n.communicate(timeout=300)[1] for n in (first, second)]
+    assert first.returncode and second.returncode
     assert "error: another process of this run has ended or does not answer" in said[0], said[0]
     assert checkpoints.newest(tmp_path / "out")[0].name == "checkpoint-2"
-    nodes = [node(rank, "train_ncp_dpo.py", "--resume_from_checkpoint", "latest") for rank in (0, 1)]
-    said = [n.communicate(timeout=120) for n in nodes]
-    assert [n.returncode for n in nodes] == [0, 0], said
+    again = ("train_ncp_dpo.py", "--resume_from_checkpoint", "latest")
+    with node(0, *again) as first, node(1, *again) as second:
+        said = [n.communicate(timeout=300) for n in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
     alone = ["--max_train_steps", "4", "--train_batch_size", "2"]
     run_here("dpo", arguments(assets, tmp_path / "alone", *alone), monkeypatch)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "out")

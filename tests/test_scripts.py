@@ -12,11 +12,12 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from pipelines import SIDE, jpeg, save_dataset, save_pipeline
 from safetensors.torch import load_file, save_file
+from support import python
 
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import checkpoints, data, memory, models, training
+from ncp import checkpoints, data, lock, memory, models, training
 from ncp.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +55,7 @@ def arguments(assets: Path, output: Path, *extra: str, model: str = "sd") -> lis
 
 def launch(script: str, argv: list[str], *prefix: str) -> subprocess.CompletedProcess:
     """The script in a process of its own, as a user would start it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *prefix, str(ROOT / script), *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return python(*prefix, ROOT / script, *argv)
 
 
 def run_here(kind: str, argv: list[str], monkeypatch, foresee: bool = False, **replacements) -> dict:
@@ -79,7 +78,10 @@ def run_here(kind: str, argv: list[str], monkeypatch, foresee: bool = False, **r
     monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
     for name, value in replacements.items():
         monkeypatch.setattr(SCRIPTS[kind], name, value)
-    SCRIPTS[kind].main()
+    try:
+        SCRIPTS[kind].main()
+    finally:
+        lock.release()  # which a process of its own would do at its end
     monkeypatch.undo()
     return held
 
@@ -125,7 +127,7 @@ def test_lora_loads_into_an_untouched_pipeline_and_draws_the_same(assets, tmp_pa
 
 def test_the_output_folder_of_a_launched_run(assets, tmp_path):
     out = tmp_path / "out"
-    extra = ["--validation_prompts", "one, two", "--validation_num_inference_steps", "2", "--validation_steps", "1"]
+    extra = ["--validation_prompts", "[one, two]", "--validation_num_inference_steps", "2", "--validation_steps", "1"]
     argv = arguments(assets, out, *extra, "--report_to", "tensorboard", "--checkpointing_steps", "1")
     done = launch(
         "train_ncp_dpo.py", argv, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"
@@ -278,7 +280,7 @@ OPTIONS = [
     ["--space", "latent"],
     ["--encoder_blocks", "0"],
     ["--encoder_blocks", "mid"],
-    ["--encoder_blocks", "0,1,last,mid"],
+    ["--encoder_blocks", "[0, 1, last, mid]"],
     ["--timestep_offset", "2"],
     ["--timestep_offset", "5"],
     ["--timestep_offset", "x0"],
@@ -287,7 +289,7 @@ OPTIONS = [
     ["--secant_length", "0.05"],
     ["--allow_tf32", "false", "--max_grad_norm", "0.1", "--logging_steps", "2"],
     ["--mixed_precision", "bf16", "--gradient_checkpointing", "true", "--channels_last", "true"],
-    ["--gradient_checkpointing", "true", "--checkpointed_blocks", "encoder,down0,up2"],
+    ["--gradient_checkpointing", "true", "--checkpointed_blocks", "[encoder, down0, up2]"],
     ["--use_8bit_adam", "false", "--use_ema", "true"],
     ["--proportion_empty_prompts", "1", "--center_crop", "--random_flip", "false"],
     ["--checkpoints_total_limit", "1", "--checkpointing_steps", "1", "--max_train_samples", "3"],
