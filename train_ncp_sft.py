@@ -109,7 +109,7 @@ def main() -> None:
                 losses, metrics = ncp_sft(m, unet, batch, config)
                 accelerator.backward(losses.mean())
             meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
-            guard.add(batch, losses)
+            guard.add(batch, losses, metrics)
         grad_norm = accelerator.clip_grad_norm_(m.lora_parameters, config.max_grad_norm)
         if finite := guard.may_step(step, grad_norm):
             optimizer.step()

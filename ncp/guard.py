@@ -23,11 +23,13 @@ from tqdm import tqdm
 from ncp.checkpoints import last_good, read_manifest, writing
 from ncp.config import DIVERGED, INTERRUPTED, Stopped, TrainingConfig
 from ncp.data import PairDataset, collate
+from ncp.losses import SATURATED
 from ncp.models import Models
 from ncp.training import Abandoned, to_device
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))  # Windows: no USR1
 STARTED = time.monotonic()
+MOST_SATURATED = 0.75  # of the first step's pairs
 ONE_KEYSTROKE = 2.0  # seconds: a terminal and a launcher may both pass on the same Ctrl-C
 
 
@@ -46,6 +48,7 @@ class Guard:
         self._signal, self._signalled_at = 0, 0.0
         self._in_a_row, self._warned, self._stepped = 0, False, False
         self._losses: list[torch.Tensor] = []
+        self._saturated: list[torch.Tensor] = []
         self._pairs: list[int] = []
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
@@ -56,9 +59,10 @@ class Guard:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def add(self, batch: dict[str, Any], losses: torch.Tensor) -> None:
-        """Notes a micro-batch: which pairs, and their losses (B,)."""
+    def add(self, batch: dict[str, Any], losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        """Notes a micro-batch: which pairs, their losses (B,), and which of them are `saturated` (B,)."""
         self._losses.append(losses.detach())
+        self._saturated.append(metrics.get("saturated", torch.zeros_like(losses)))
         self._pairs += batch["pair"]
 
     def may_step(self, step: int, grad_norm: torch.Tensor) -> bool:
@@ -67,8 +71,16 @@ class Guard:
         In the same small reduction they agree whether a signal or the clock ends the run after this step.
         """
         losses, pairs, self._stepped = torch.cat(self._losses), self._pairs, True
-        self._losses, self._pairs = [], []
-        bad_loss, bad_gradient = self._agree(step, ~losses.isfinite().all(), ~torch.as_tensor(grad_norm).isfinite())
+        saturated = torch.cat(self._saturated).mean() > MOST_SATURATED
+        self._losses, self._saturated, self._pairs = [], [], []
+        bad_loss, bad_gradient, saturated = self._agree(
+            step, ~losses.isfinite().all(), ~torch.as_tensor(grad_norm).isfinite(), saturated
+        )
+        if saturated and step == 1:
+            self._say(
+                f"warning: the run starts saturated: |logit| is above {SATURATED:g} for more than {MOST_SATURATED:.0%} "
+                "of the pairs, which then hardly count; choose a smaller beta"
+            )
         if not (bad_loss or bad_gradient):
             self._in_a_row = 0
             return True

@@ -92,6 +92,14 @@ def test_many_skipped_steps_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
         assert all(v.isfinite().all() for v in load_file(file).values())
 
 
+@pytest.mark.parametrize(("beta", "warned"), [("1e7", True), ("1", False)])
+def test_a_run_that_starts_saturated_says_so(assets, tmp_path, monkeypatch, capsys, beta, warned):
+    # |logit| = beta |L_w - L_l|; the random model's losses differ by about 1e-2 between two images.
+    extra = ["--space", "latent", "--beta", beta, "--lam", "1", "--max_train_steps", "1"]
+    run_here("cpo", arguments(assets, tmp_path / "out", *extra), monkeypatch)
+    assert ("starts saturated: |logit| is above 5 for more than 75%" in capsys.readouterr().err) is warned
+
+
 def test_weights_that_are_not_finite_are_never_saved(assets, tmp_path, monkeypatch):
     def ruin(m, unet, batch, config):
         losses, metrics = SCRIPTS["sft"].original(m, unet, batch, config)
