@@ -282,7 +282,7 @@ def test_the_sampler_of_a_protocol_is_the_bases_for_every_model(assets, tmp_path
     save_scheduler(tmp_path / "same", EulerDiscreteScheduler(**SD15))
     own = {**SD15, "beta_end": 0.02, "prediction_type": "v_prediction"}
     save_scheduler(tmp_path / "v", DPMSolverMultistepScheduler(**own, use_karras_sigmas=True))
-    models = f"base,same={tmp_path / 'same'},v={tmp_path / 'v'},tuned={assets / 'lora'}"
+    models = f"[base, same={tmp_path / 'same'}, v={tmp_path / 'v'}, tuned={assets / 'lora'}]"
     extra = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--models", models, "--max_prompts", "1"]
     config = configured(assets, tmp_path / "out", *extra, "--scheduler", "pipeline", "--batch_size", "1")
     generate(config)
@@ -379,7 +379,7 @@ def test_whatever_a_pipeline_draws_with_is_known(assets, tmp_path):
         shutil.copytree(assets / "sd", tmp_path / name)
     shutil.copytree(assets / "sd" / "vae", tmp_path / "vae")
     extra = ["--pretrained_model_name_or_path", str(tmp_path / "base"), "--max_prompts", "1", "--models"]
-    extra += [f"tuned={assets / 'lora'},other={tmp_path / 'other'}"]
+    extra += [f"[tuned={assets / 'lora'}, other={tmp_path / 'other'}]"]
     config, out = configured(assets, tmp_path / "out", *extra), tmp_path / "out"
     generate(config)
     generate(config)  # the same: continues
@@ -443,7 +443,7 @@ def test_an_older_versions_folder_is_continued(assets, out, tmp_path, capsys, mo
 
 def test_an_older_versions_images_by_another_sampler_are_not_mixed(assets, tmp_path):
     shutil.copytree(assets / "sd", tmp_path / "other")
-    extra = ["--models", f"base,other={tmp_path / 'other'}", "--scheduler", "pipeline", "--max_prompts", "1"]
+    extra = ["--models", f"[base, other={tmp_path / 'other'}]", "--scheduler", "pipeline", "--max_prompts", "1"]
     generate(configured(assets, tmp_path / "out", *extra))
     file, older = tmp_path / "out" / "protocol.json", {}
     noted = json.loads(file.read_text())

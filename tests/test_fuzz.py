@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import sys
 import zlib
 
@@ -81,7 +82,7 @@ def test_random_configs_are_refused_in_one_line_or_start(assets, tmp_path, monke
         assert TOKEN not in said
         assert {p.name for p in tmp_path.iterdir()} <= {"c.yaml", "out", "cwd"}, content
         for left in (tmp_path / "out").rglob("*"):
-            assert left.name == "config.yaml" and TOKEN not in left.read_text(), content
+            assert left.name in ("config.yaml", ".writer.lock") and TOKEN not in left.read_text(), content
             left.unlink()
     assert min(outcomes.values()) > 8, outcomes
 
@@ -151,7 +152,9 @@ def test_nothing_loads_code_or_pickles():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("ncp/*.py")]:
         text = file.read_text()
         assert "trust_remote_code" not in text and "pickle.load" not in text, file.name
-        assert text.count("yaml.load(") == text.count("yaml.load(text, _UniqueKeyLoader)"), file.name  # a SafeLoader
+        assert len(re.findall(r"yaml\.load\(", text)) == len(
+            re.findall(r"yaml\.load\([^\n]*, _UniqueKeyLoader\)", text)
+        ), file.name  # a SafeLoader
         assert text.count("torch.load(") == text.count("weights_only=True"), file.name
 
 

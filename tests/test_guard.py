@@ -126,7 +126,7 @@ def test_fp16_lowers_its_scale_and_is_not_counted_while_it_can(assets, tmp_path,
         accelerator.scaler.scale(weight.sum()).backward()
         weight.grad.fill_(float("inf"))
         accelerator.scaler.unscale_(optimizer)
-        watched.add({"pair": [0]}, torch.tensor([0.7]))
+        watched.add({"pair": [0]}, torch.tensor([0.7]), {})
         assert not watched.may_step(step, weight.grad.norm())
         scales.append(accelerator.scaler.get_scale())
         if watched.stopped:

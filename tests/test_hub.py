@@ -91,7 +91,8 @@ def arguments(output: Path, **changes: object) -> list[str]:
     settings = {
         "config": "configs/sdxl_ncp_dpo.yaml", "dataset_name": "me/pickapic", "output_dir": output,
         "resolution": SIDE, "mixed_precision": "no", "train_batch_size": 2, "gradient_accumulation_steps": 1,
-        "max_train_steps": 1, "lr_warmup_steps": 0, "heldout_pairs": 2, "dataloader_num_workers": 0,
+        "effective_batch_size": "null", "max_train_steps": 1, "lr_warmup_steps": 0, "heldout_pairs": 2,
+        "dataloader_num_workers": 0,
         "report_to": "none", "validation_num_inference_steps": 2, "rank": 4, **changes,
     }  # fmt: skip
     return [str(a) for k, v in settings.items() if v is not None for a in (f"--{k}", v)]
@@ -112,7 +113,7 @@ def test_every_path_through_the_hub(hub, tmp_path):
     sd = {"config": None, "pretrained_model_name_or_path": "me/sd", "pretrained_vae_model_name_or_path": VAE}
     sd |= {"revision": "v1.5", "cached_latents": tmp_path / "cache"}
     xl = {"push_to_hub": "true", "hub_model_id": "me/mine", "checkpointing_steps": 1}
-    judged = {"models": "base,mine=me/mine", "scorers": "pickscore,hpsv2,hpsv2.1,clip"}
+    judged = {"models": "[base, mine=me/mine]", "scorers": "[pickscore, hpsv2, hpsv2.1, clip]"}
     jobs = {
         "filter": ("filter_pickapic.py", ["--dataset_name", "me/pickapic", "--revision", "v2", "--output_dir",
                                           tmp_path / "filtered"]),
@@ -230,7 +231,7 @@ def failures(tmp: Path) -> dict[str, tuple[tuple[str, list], str, dict]]:
         ),
         "evaluation: no base": (draw(**none), f"model 'base': me/none {drawing}{nobody}", {}),
         "evaluation: no revision": (draw(revision="v3"), f"model 'base': {SDXL} {drawing}{no_revision}", {}),
-        "evaluation: no such LoRA": (draw(models="base,x=me/none"), f"model 'x': me/none {drawing}{nobody}", {}),
+        "evaluation: no such LoRA": (draw(models="[base, x=me/none]"), f"model 'x': me/none {drawing}{nobody}", {}),
         "evaluation: a judge": (draw(models="x=xswu/HPSv2"), "model 'x': the hub's xswu/HPSv2 holds neither a", {}),
         "evaluation: gated": (draw(models="x=me/sd"), f"model 'x': me/sd {drawing}{gated}", {("me/sd", "*"): "gated"}),
         "evaluation: no VAE": (draw(**no_vae), lacks("me/none", config, nobody), {}),

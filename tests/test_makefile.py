@@ -61,7 +61,7 @@ def make(tmp_path):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         everything = {**os.environ, "LOG": str(log), "D": str(tmp_path / "demo"), "INSTALL": str(tmp_path / "install")}
-        everything = {**everything, "FAIL": "", **environment}
+        everything = {**everything, "FAIL": "", "MAKEFLAGS": "", "MAKELEVEL": "", **environment}
         command = ["make", f"DEMO={tmp_path / 'demo'}", f"VENV={tmp_path / 'venv'}", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr, log.read_text().splitlines() if log.exists() else []
