@@ -58,7 +58,7 @@ $(DEMO)/index.parquet: $(CARD) | $(DEMO)/forecast.txt
 $(DEMO)/summary.txt: $(DEMO)/index.parquet | $(DEMO)/forecast.txt
 	$(call begin,4,judge and compare)
 	$(RUN) evaluate.py score $(EVALUATE)
-	@$(RUN) evaluate.py compare $(EVALUATE) > $(DEMO)/compare.log
+	@exec $(RUN) evaluate.py compare $(EVALUATE) > $(DEMO)/compare.log
 	$(call end,4)
 
 test: $(VENV)/ready

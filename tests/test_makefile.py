@@ -144,7 +144,7 @@ def test_a_forecast_is_the_work_of_the_configs_times_what_was_measured():
     steps = evaluate.num_inference_steps
     assert train.validation_num_inference_steps == steps and len(evaluate.model_names) == 2
     for unit, expected in {
-        "start": (1, 2, 2, 2),
+        "start": (0.25, 2, 2, 2),
         "pair": (0, 50 * batch, 0, 0),
         "looked": (0, looks * train.heldout_pairs, 0, 0),
         "row": (0, shown * steps * 2, 20 * steps * 2, 0),  # guidance: two rows for a picture

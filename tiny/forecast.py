@@ -6,7 +6,7 @@ Measured on random data: loading Python's packages and the model; `ncp_dpo` on 8
 pass; the U-Net and the VAE's decoder on 32 pictures; the oracle on 32 pictures. Each twice, and the second counts: the
 first also fetches memory and chooses kernels, which a whole step does once.
 
-    filter    a start
+    filter    a quarter of a start: it loads no PyTorch
     train     two starts (loading; the data and the first step) + pairs trained x time of one
               + looks at the held-out pairs x their number x time of one + validation pictures
     draw      a start per model + pictures x (sampler steps x rows x time of a row + time of decoding)
@@ -99,7 +99,7 @@ def forecast(unit: dict[str, float], train: train_ncp_dpo.Config, evaluate: prot
     shown *= drawn(train.validation_num_inference_steps, train.validation_guidance_scale)
     draw = count * drawn(evaluate.num_inference_steps, evaluate.guidance_scale)
     return {
-        "filter": unit["start"],
+        "filter": unit["start"] / 4,
         "train": 2 * unit["start"] + pairs * unit["pair"] + looks * unit["looked"] + shown,
         "draw": len(evaluate.model_names) * unit["start"] + draw,
         "judge": 2 * unit["start"] + count * len(evaluate.scorers) * unit["judged"],
