@@ -165,6 +165,10 @@ def run(main: Callable[[], Any]) -> None:
         if first:
             _say(str(stop))
         sys.exit(stop.status)
+    except KeyboardInterrupt:  # before a run's guard takes signals over, and in programs that have none
+        if first:
+            _say("interrupted")
+        sys.exit(130)  # as a shell reports it
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise

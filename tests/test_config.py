@@ -12,7 +12,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from evaluation import protocol
-from ncp.config import UserError, option, parse, save
+from ncp.config import UserError, option, parse, run, save
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
@@ -235,3 +235,12 @@ def test_every_key_of_the_evaluation_is_read_somewhere():
     source = "".join(p.read_text() for p in ROOT.glob("evaluation/*.py"))
     for field in dataclasses.fields(protocol.Config):
         assert re.search(rf"(config|self)\.{field.name}\b", source), f"{field.name} is never read"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run(interrupted)
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
