@@ -183,6 +183,10 @@ def displacement(
         value      (f(m + s d / 2) - f(m - s d / 2)) / s,   m = target + d / 2,   s = length / rms(d) per sample
         gradient   of f at x
 
+    Several x form a chain: the last is compared with the target, each other one with the next, and the differences add
+    up. So policy and reference, given in this order, differ by what was measured between them, to a few percent of
+    that however small it is, and not at all if they are equal.
+
     Even orders of f's curvature cancel in the value. Where d is that long already (large timestep offsets, x0), s = 1,
     and it is eq. 13. A number s above 1 is the one-sided secant (f(target + s d) - f(target)) / s, with the gradient at
     its far end. Several blocks give several differences.
@@ -190,7 +194,13 @@ def displacement(
     Every call of f has B rows: in one batch they would round differently, and equal x would not give equal results.
     """
     if secant == "auto":
-        return [_central(f, xi, target, length) for xi in x]
+        moved: list[Features] = []
+        for xi, base in reversed(list(zip(x, [*x[1:], target], strict=True))):
+            with torch.no_grad():
+                value = _central(f, xi, base, length)
+                value = _each(torch.add, value, moved[0]) if moved else value
+            moved.insert(0, _each(_value_and_gradient, value, f(xi)) if xi.requires_grad else value)
+        return moved
     s = float(secant)
     with torch.no_grad():
         origin = f(target)
@@ -199,13 +209,12 @@ def displacement(
     return [_each(lambda p, q: _value_and_gradient((p.detach() - q) / s, p), f(a), origin) for a in ahead]
 
 
-def _central(f: Callable[[torch.Tensor], Features], x: torch.Tensor, target: torch.Tensor, length: float) -> Features:
-    with torch.no_grad():
-        middle, d = (target + x) / 2, x - target
-        s = (length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
-        ahead, behind = (f(middle + sign * s / 2 * d) for sign in (1, -1))
-        value = _each(lambda p, q: (p - q) / s.view(-1, *[1] * (p.ndim - 1)), ahead, behind)
-    return _each(_value_and_gradient, value, f(x)) if x.requires_grad else value
+def _central(f: Callable[[torch.Tensor], Features], x: torch.Tensor, base: torch.Tensor, length: float) -> Features:
+    """f(x) - f(base) from two points on their line, at least `length` apart about their midpoint."""
+    middle, d = (base + x) / 2, x - base
+    s = (length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
+    ahead, behind = (f(middle + sign * s / 2 * d) for sign in (1, -1))
+    return _each(lambda p, q: (p - q) / s.view(-1, *[1] * (p.ndim - 1)), ahead, behind)
 
 
 def _value_and_gradient(value: torch.Tensor, f_x: torch.Tensor) -> torch.Tensor:

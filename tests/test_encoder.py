@@ -186,6 +186,26 @@ class TestDisplacement:
         torch.testing.assert_close((ahead + behind) / 2, (x + self.target) / 2)
         assert moved.isfinite().all() and moved[2].abs().max() == 0  # also where the prediction is exact
 
+    def test_a_chain_keeps_differences_that_rounding_would_drown(self):
+        # Policy and reference a thousandth of d apart: in float16, two differences from the target are each rounded by
+        # a hundredth of themselves, ten times what they differ by.
+        near = self.target + self.d
+        far = near + 1e-3 * self.d.roll(1, 0)
+
+        def half(x):
+            return torch.sin(x.half().flatten(1) @ self.matrix.half().T / 16).float()
+
+        def exact(x):
+            return torch.sin(x.double().flatten(1) @ self.matrix.half().double().T / 16)
+
+        a, b = displacement(half, [far, near], self.target, "auto", 0.016)
+        truth = exact(far) - exact(near)
+        assert ((a - b) - truth).norm() / truth.norm() < 0.2
+        alone = (displacement(half, [x], self.target, "auto", 0.016)[0] for x in (far, near))
+        assert (next(alone) - next(alone) - truth).norm() / truth.norm() > 1
+        same, again = displacement(half, [near, near.clone()], self.target, "auto", 0.016)
+        assert torch.equal(same, again)
+
     def test_several_blocks_give_several_differences(self):
         (both,) = displacement(lambda x: (self.linear(x), self.curved(x)), [self.target + self.d], self.target)
         assert [b.shape for b in both] == [(3, 5), (3, 5)]

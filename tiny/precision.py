@@ -190,11 +190,14 @@ def measured(
         "z": z[:rows].to(DEVICE),
     }
     losses, metrics = getattr(script, f"ncp_{objective}")(m, m.unet, batch, config)
-    gradients = torch.autograd.grad(losses.mean() * SCALE, weights, allow_unused=True)
-    flat = [(g if g is not None else torch.zeros_like(w)).flatten() for g, w in zip(gradients, weights, strict=True)]
+    scale, flat = 2 * SCALE, [torch.full((1,), torch.inf)]
+    while not all(part.isfinite().all() for part in flat):  # as a gradient scaler finds the scale that float16 can hold
+        scale /= 2
+        gradients = torch.autograd.grad(losses.mean() * scale, weights, allow_unused=True, retain_graph=True)
+        flat = [(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(gradients, weights, strict=True)]
     distance = torch.cat([metrics[k] for k in ("policy_w", "policy_l") if k in metrics])
     logit = metrics["margin"].cpu().double() if "margin" in metrics else None
-    return Outcome(distance.cpu().double(), logit, torch.cat(flat).cpu().double() / SCALE)
+    return Outcome(distance.cpu().double(), logit, torch.cat(flat).cpu().double() / scale)
 
 
 @cache
