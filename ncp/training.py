@@ -202,7 +202,7 @@ def announce(config: TrainingConfig, accelerator: Accelerator, models: Models, p
         f"x {processes}",
         "steps": f"{first_step} to {c.max_train_steps}: {samples:,} samples in all, {samples / len(pairs):.2f} epochs",
         "learning rate": f"{rate:.3g} after {c.lr_warmup_steps} warm-up steps ({scaled})",
-        "loss": describe_loss(c),
+        "loss": describe_loss(c, models.secant),
         "precision": f"{accelerator.mixed_precision} on {accelerator.device}; LoRA rank {c.rank}, "
         f"{trainable:,} weights in float32",
         "output": c.output_dir,
@@ -226,16 +226,15 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
     )
 
 
-def describe_loss(config: TrainingConfig) -> str:
-    """The objective in words, beta in both conventions."""
+def describe_loss(config: TrainingConfig, secant: str) -> str:
+    """The objective in words, beta in both conventions. secant: the config's, as `Models.secant` resolves it."""
     if config.space == "latent":
         text = "squared error of the noise (latent baseline)"
     else:
-        exact = config.secant == "1" or (config.secant == "auto" and config.mixed_precision == "no")
-        secant = "eq. 13 as printed" if exact else f"secant {config.secant}"
-        secant += f" (derivative over {config.secant_length:g})" if config.secant == "auto" and not exact else ""
+        difference = "eq. 13 as printed" if secant == "1" else f"secant {secant}"
+        difference += f" (derivative over {config.secant_length:g})" if secant == "auto" else ""
         offset = "x0" if config.timestep_offset == "x0" else f"t-{config.timestep_offset}"
-        text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {secant}"
+        text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {difference}"
     if (beta := getattr(config, "beta", None)) is not None:
         text += (
             f"; beta {beta:g} (the paper's beta T; {2 * beta:g} where the loss has a factor 0.5, as in Diffusion-DPO)"
@@ -466,7 +465,7 @@ def model_card(config: TrainingConfig, models: Models, pairs: Pairs, method: str
     pictures = sorted(Path(config.output_dir).glob("validation/*.png"))
     shown = f"\n![reference and tuned](validation/{pictures[-1].name})\n" if pictures else ""
     settings = {
-        "method": f"{method}: {describe_loss(config)}",
+        "method": f"{method}: {describe_loss(config, models.secant)}",
         "data": f"{config.dataset_name}: {len(pairs):,} decisive pairs",
         **({"filtered": describe_manifest(pairs.manifest)} if pairs.manifest else {}),
         "samples seen": f"{step * effective:,} ({step} steps of {effective})",

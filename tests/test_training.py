@@ -37,7 +37,9 @@ def test_batch_arithmetic():
 
 
 def test_beta_is_announced_in_both_conventions():
-    assert "beta 2500 " in training.describe_loss(config()) and "5000" in training.describe_loss(config())
+    said = training.describe_loss(config(), "auto")
+    assert "beta 2500 " in said and "5000" in said and "derivative over 0.016" in said
+    assert "eq. 13 as printed" in training.describe_loss(config(), "1")
 
 
 @pytest.fixture
