@@ -33,9 +33,10 @@ import ncp
 import train_ncp_cpo
 import train_ncp_dpo
 from ncp import cache, data, models, training
-from ncp.config import UserError, parse, run
-from ncp.lock import is_empty, one_writer
-from ncp.processes import end_with_parent
+from ncp.common.config import parse
+from ncp.common.errors import UserError, run
+from ncp.common.lock import is_empty, one_writer
+from ncp.common.processes import end_with_parent
 
 PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four of SD 1.5, twice that with flips
 

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from evaluation.protocol import Config, processes
-from ncp.config import UserError, parse, run
-from ncp.lock import one_writer
+from ncp.common.config import parse
+from ncp.common.errors import UserError, run
+from ncp.common.lock import one_writer
 
 STEPS = ("generate", "score", "compare")
 

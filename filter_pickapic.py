@@ -58,11 +58,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import ncp
-from ncp import filter_report, hub
-from ncp.config import UserError, option, parse, run
-from ncp.files import files_of_split, local_files, sha256
-from ncp.judgements import read_judgements
-from ncp.lock import is_empty, one_writer
+from ncp import filter_report
+from ncp.common import hub
+from ncp.common.config import option, parse
+from ncp.common.errors import UserError, run
+from ncp.common.files import sha256
+from ncp.common.judgements import read_judgements
+from ncp.common.lock import is_empty, one_writer
+from ncp.common.splits import files_of_split, local_files
 
 T = TypeVar("T")
 

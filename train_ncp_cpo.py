@@ -15,15 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from ncp.cache import open_cache
+from ncp.guard import Guard, HeldOut
 from tqdm.auto import tqdm
 
 from ncp import checkpoints, data, memory, models, training
-from ncp.cache import open_cache
-from ncp.config import TrainingConfig, option, parse, run
+from ncp.common.config import option, parse
+from ncp.common.errors import run
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
 from ncp.encoder import displacement
-from ncp.guard import Guard, HeldOut
 from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square
+from ncp.training.settings import TrainingConfig
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_ncp_dpo  # noqa: E402 (after the path)
 from ncp import cache, data, models, training  # noqa: E402
-from ncp.config import parse  # noqa: E402
-from ncp.processes import tied  # noqa: E402
+from ncp.common.config import parse  # noqa: E402
+from ncp.common.processes import tied  # noqa: E402
 
 
 def arm(folder: Path, cached: bool, batch: int) -> tuple[train_ncp_dpo.Config, data.Pairs, cache.Cache | None]:

@@ -19,7 +19,7 @@ import architectures  # noqa: E402 (after the path)
 
 import train_ncp_dpo  # noqa: E402
 from ncp import memory  # noqa: E402
-from ncp.config import parse  # noqa: E402
+from ncp.common.config import parse  # noqa: E402
 
 SIZES = (16, 24, 40, 80, 140)  # GiB, as GPUs are sold
 CHOICES = {"nothing": [], "the encoder": ["encoder"], "all": ["all"]}

@@ -41,7 +41,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from ncp.processes import tied  # noqa: E402 (after the path)
+from ncp.common.processes import tied  # noqa: E402 (after the path)
 
 PHASES = ("conditions", "policy", "reference", "encoder", "backward", "optimizer")
 
@@ -60,7 +60,7 @@ class Arm:
 
         import train_ncp_dpo
         from ncp import models, training
-        from ncp.config import parse
+        from ncp.common.config import parse
 
         kind, _, changes = name.partition(":")
         options = [c for c in changes.split(",") if "=" in c]
@@ -366,6 +366,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from ncp.config import run
+    from ncp.common.errors import run
 
     run(main)

@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluation.protocol import Config, read_index, write_atomically
 from evaluation.report import embed, put, small
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("annotate.html")
 # The paper's Q2, Q1, Q3: appeal comes first, because afterwards the judge has seen the prompt.

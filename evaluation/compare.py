@@ -16,7 +16,7 @@ import numpy as np
 from evaluation.protocol import Config, read_index, read_protocol, write_atomically
 from evaluation.score import image_key, read_scores
 from evaluation.statistics import bootstrap_interval, prompt_wins, sign_test
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 
 @dataclass

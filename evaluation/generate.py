@@ -21,7 +21,7 @@ from evaluation.models import (
 )
 from evaluation.prompts import read_prompts
 from evaluation.protocol import Config, index_schema, processes, read_protocol, write_atomically, write_table
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 
 def seed_of(seed: int, prompt: str, sample: int) -> int:
@@ -150,7 +150,7 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
     """One PIL image per row, each from a generator of its own."""
     import torch
 
-    from ncp.models import decode
+    from ncp.training.drawing import decode_latents
 
     with torch.no_grad():
         latents = pipe(
@@ -162,7 +162,7 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
             generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
             output_type="latent",
         ).images
-    return decode(pipe.vae, latents)  # here, because the VAE's precision may be another
+    return decode_latents(pipe.vae, latents)  # here, because the VAE's precision may be another
 
 
 def save(image: Any, row: dict[str, Any], config: Config) -> None:

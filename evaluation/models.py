@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Config, entries
-from ncp import hub
-from ncp.config import UserError
-from ncp.files import sha256
+from ncp.common import hub
+from ncp.common.errors import UserError
+from ncp.common.files import sha256
 
 LORA = "pytorch_lora_weights.safetensors"
 # What makes a folder or hub repository one of these, looked for in this order.
@@ -91,7 +91,7 @@ def common_parts(base: Model, config: Config) -> dict[str, str]:
     """What all images of a protocol share, by name: the base's parts, and those of a VAE that replaces its own."""
     if (vae := config.pretrained_vae_model_name_or_path) is None:
         return base.parts
-    from ncp.models import identity
+    from ncp.training.pipeline import identity
 
     return {**{k: v for k, v in base.parts.items() if k != "vae"}, "replacement VAE": identity(vae, None, "")}
 
@@ -164,7 +164,7 @@ def sampler(model: Model, config: Config) -> Any:
     """
     import diffusers
 
-    from ncp.models import read_json, scheduler_like
+    from ncp.training.pipeline import read_json, scheduler_like
 
     base = config.pretrained_model_name_or_path
     settings = read_json(base, SCHEDULER, config.revision)
@@ -193,7 +193,7 @@ def sampler_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
 
 def has_a_sampler_of_its_own(model: Model, config: Config) -> bool:
     """Whether this pipeline's scheduler config names another sampler than the base's, or other settings of it."""
-    from ncp.models import read_json
+    from ncp.training.pipeline import read_json
 
     base = config.pretrained_model_name_or_path
     if model.kind != "pipeline" or model.path == base:

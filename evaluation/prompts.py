@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Config
-from ncp import hub
-from ncp.config import UserError
+from ncp.common import hub
+from ncp.common.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # tried in this order, whatever their case
 KINDS = (".txt", ".csv", ".tsv", ".json", ".parquet")

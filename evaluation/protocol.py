@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncp.config import UserError, one_item_each, option
-from ncp.processes import misunderstanding
+from ncp.common.config import one_item_each, option
+from ncp.common.errors import UserError
+from ncp.common.processes import misunderstanding
 
 # An image is a function of these, of the model's weights, of its prompt and of its sample number; of nothing else.
 PROTOCOL = (

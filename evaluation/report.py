@@ -127,7 +127,7 @@ def tables(results: list[c.Result], points: list[c.Point], reference: str, ballo
 
 def write_picture(config: Config, index: list[dict[str, Any]], path: Path, columns: int = 12) -> None:
     """The first prompts, not chosen, one row per model."""
-    from ncp.training import grid
+    from ncp.training.drawing import grid
 
     names = config.model_names
     shown = [r for r in index if r["prompt_number"] < columns and r["sample"] == 0]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from evaluation.protocol import Config, index_schema, processes, read_index, read_table, write_table
 from evaluation.scorers import check_scorers, load_scorer, source_of
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 
 def score(config: Config) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.protocol import SCORERS, Config
-from ncp import hub
-from ncp.config import UserError
+from ncp.common import hub
+from ncp.common.errors import UserError
 
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 # The config keys that say where a scorer's weights are.

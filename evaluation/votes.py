@@ -15,7 +15,7 @@ from evaluation.annotate import ANSWERS, QUESTIONS, read_key
 from evaluation.compare import p_text, rate
 from evaluation.protocol import Config
 from evaluation.statistics import bootstrap_interval, fleiss_kappa, majority, sign_test
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 
 @dataclass

@@ -38,7 +38,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import checkpoints, guard, memory, training
-from ncp.config import run
+from ncp.common.errors import run
 
 # 5 steps of 2 accumulated micro-batches; checkpoints and log entries fall on different steps; 8-bit state; an average.
 RUN = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ncp.processes import tied
+from ncp.common.processes import tied
 
 ROOT = Path(__file__).parents[1]
 

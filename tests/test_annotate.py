@@ -14,7 +14,8 @@ from evaluation.annotate import QUESTIONS
 from evaluation.compare import compare
 from evaluation.protocol import Config
 from evaluation.votes import count_votes
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 
 PROMPTS = [f"prompt number {i} <script>" for i in range(12)]
 

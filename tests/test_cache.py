@@ -15,7 +15,8 @@ from test_scripts import arguments, launch, run_here
 import cache_latents
 import train_ncp_dpo
 from ncp import cache, data, models, training
-from ncp.config import UserError, parse, run
+from ncp.common.config import parse
+from ncp.common.errors import UserError, run
 
 
 @pytest.fixture(scope="module")

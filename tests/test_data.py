@@ -8,16 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from ncp.data import DROPPED, PairDataset, collate, decisive, decode, hold_out, loader, open_pairs, resize_crop_flip
 from PIL import Image
 from pipelines import jpeg, save_dataset
 from test_filter_pickapic import SCHEMA, filtered, random_rows, row, write_shards
 from test_filter_pickapic import config as filter_config
 
 import filter_pickapic
-from ncp.config import UserError, parse
-from ncp.data import DROPPED, PairDataset, collate, decisive, decode, hold_out, loader, open_pairs, resize_crop_flip
-from ncp.files import local_files
-from ncp.judgements import read_judgements
+from ncp.common.config import parse
+from ncp.common.errors import UserError
+from ncp.common.judgements import read_judgements
+from ncp.common.splits import local_files
 from train_ncp_dpo import Config
 
 ROOT = Path(__file__).parents[1]

@@ -37,7 +37,8 @@ from evaluation.models import find_base, find_models, open_pipeline, sampler
 from evaluation.prompts import read_prompts
 from evaluation.protocol import SCHEDULERS, Config
 from evaluation.score import score
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a cat", "a dog", "two dogs, one of them a cat", "a very small house", "Ein Bär", "a <b>bold</b> cat"]

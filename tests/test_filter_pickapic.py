@@ -23,7 +23,8 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import data
-from ncp.config import UserError, parse, run
+from ncp.common.config import parse
+from ncp.common.errors import UserError, run
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = pa.schema(

@@ -16,7 +16,8 @@ from pipelines import jpeg, save_dataset, save_pipeline
 from test_scripts import ROOT, SCRIPTS, arguments, run_here
 
 from ncp import data, models
-from ncp.config import Stopped, UserError, parse, run
+from ncp.common.config import parse
+from ncp.common.errors import Stopped, UserError, run
 
 TOKEN = "hf_" + "a1B2" * 9
 

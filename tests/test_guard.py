@@ -22,7 +22,8 @@ from test_scripts import ROOT, SCRIPTS, arguments, run_here
 
 import train_ncp_dpo
 from ncp import checkpoints, data, guard, training
-from ncp.config import Stopped, UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import Stopped, UserError
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_a_run_that_is_started_too_late_for_its_pictures_draws_them_the_next_tim
 WAITING = """
 import os, signal, train_ncp_sft as script
 from ncp import guard, training
-from ncp.config import run
+from ncp.common.errors import run
 agree, calls, validate = guard.Guard._agree, [], training.validate
 def draw(*args):
     guard.Guard._agree = count
@@ -280,7 +281,7 @@ def test_a_signal_to_a_process_that_waits_for_pictures_is_heeded_by_all(assets, 
 # Two processes as srun would start them: rank 1 gets a NaN at step 2, and a signal in step 3 if argv says so.
 RANK = """
 import gc, os, sys, signal, torch, train_ncp_dpo as script
-from ncp.config import run
+from ncp.common.errors import run
 original, calls, leave = script.ncp_dpo, [], torch.distributed.destroy_process_group
 def step(m, unet, batch, config):
     losses, metrics = original(m, unet, batch, config)

@@ -11,7 +11,7 @@ from support import ROOT, python, started, wait_for
 from test_scripts import arguments
 
 from ncp import lock
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 HOLD = "import sys, time; from pathlib import Path; from ncp import lock; lock.hold(Path(sys.argv[1]), *sys.argv[2:]); "
 HOLD += "print('held', flush=True); time.sleep(3600)"

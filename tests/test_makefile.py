@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import train_ncp_dpo
 from evaluation import protocol
-from ncp.config import parse
+from ncp.common.config import parse
 from tiny import forecast, install
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ from test_scripts import arguments, run_here
 import filter_pickapic
 import train_ncp_sft
 from ncp import data
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

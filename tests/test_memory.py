@@ -8,7 +8,7 @@ from test_scripts import loaded
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import memory, models
-from ncp.config import parse
+from ncp.common.config import parse
 
 ARGUMENTS = ["--config", "configs/tiny_ncp_dpo.yaml", "--dataset_name", "tiny/data", "--report_to", "none"]
 SFT = ["--config", "configs/tiny_ncp_sft.yaml", *ARGUMENTS[2:]]

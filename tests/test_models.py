@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import cache, data, memory, models
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import precision
-from ncp.config import parse
+from ncp.common.config import parse
 from tiny.precision import OBJECTIVES, compare, measured, setting, truth
 
 MIXED = torch.tensor([30, 500])  # timesteps of two pairs

@@ -43,7 +43,7 @@ def kill_and_see(parent: subprocess.Popen, stop: bool = False) -> None:
 
 
 SLEEP = "import time; time.sleep(3600)"
-TIED = f"import subprocess, sys; from ncp.processes import tied; c = [sys.executable, '-c', '{SLEEP}']\n"
+TIED = f"import subprocess, sys; from ncp.common.processes import tied; c = [sys.executable, '-c', '{SLEEP}']\n"
 TIED += "p = subprocess.Popen(tied(c)); print(p.pid, flush=True); {}"
 
 

@@ -19,7 +19,8 @@ from test_guard import altered, free_port, ranks_of
 from test_scripts import ROOT, SCRIPTS, arguments, launch, run_here
 
 from ncp import checkpoints
-from ncp.config import TrainingConfig, UserError
+from ncp.common.errors import UserError
+from ncp.training.settings import TrainingConfig
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from transformers import CLIPConfig, CLIPModel
 from evaluation.open_clip import clip_from_open_clip
 from evaluation.protocol import SCORERS, Config
 from evaluation.scorers import load_scorer, source_of
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 from tiny import oracle, world
 
 SIDE, WIDTH, DIMENSION, HEADS, LAYERS, PATCH, VOCABULARY = 32, 64, 24, 16, 2, 8, 514

@@ -18,7 +18,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from ncp import checkpoints, data, lock, memory, models, training
-from ncp.config import parse
+from ncp.common.config import parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
@@ -386,7 +386,7 @@ def junk(file: Path) -> Path:
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_any_model_loads(assets, tmp_path, monkeypatch, capsys, case):
-    from ncp.config import run
+    from ncp.common.errors import run
 
     build, message = BAD[case]
     argv = [*arguments(assets, tmp_path / "out"), *build(assets, tmp_path)]

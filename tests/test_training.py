@@ -9,7 +9,8 @@ from PIL import Image
 
 import train_ncp_dpo
 from ncp import checkpoints, training
-from ncp.config import UserError, parse
+from ncp.common.config import parse
+from ncp.common.errors import UserError
 
 
 def config(*extra: str):

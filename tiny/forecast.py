@@ -33,7 +33,8 @@ import train_ncp_dpo
 from evaluation import protocol
 from evaluation.prompts import read_prompts
 from ncp import models, training
-from ncp.config import parse, run
+from ncp.common.config import parse
+from ncp.common.errors import run
 from tiny import oracle, world
 
 TRAIN, EVALUATE = "configs/tiny_ncp_dpo.yaml", "configs/eval_tiny.yaml"

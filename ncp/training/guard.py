@@ -21,11 +21,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ncp.checkpoints import last_good, read_manifest, writing
-from ncp.config import DIVERGED, INTERRUPTED, Stopped, TrainingConfig
+from ncp.common.errors import DIVERGED, INTERRUPTED, Stopped
 from ncp.data import PairDataset, collate
 from ncp.losses import SATURATED
 from ncp.models import Models
 from ncp.training import Abandoned, to_device
+from ncp.training.settings import TrainingConfig
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))  # Windows: no USR1
 STARTED = time.monotonic()

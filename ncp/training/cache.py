@@ -1,6 +1,6 @@
 """The cache of training inputs: VAE moments of images and embeddings of prompts, each once, memory-mapped.
 
-`cache_latents.py` writes it, `ncp.data.PairDataset` reads it. A folder of
+`cache_latents.py` writes it, `ncp.training.samples` reads it. A folder of
 
     images.parquet, prompts.parquet   what is in it (columns `uid`, `prompt`), in order: entry k is row k % n of shard
                                       k // n of its kind; the first prompt is the empty one
@@ -27,12 +27,14 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ncp.config import TrainingConfig, UserError
-from ncp.data import CorruptImage, Pairs
-from ncp.models import Description, identity
+from ncp.common.errors import UserError
+from ncp.training.images import CorruptImage
+from ncp.training.pairs import Pairs
+from ncp.training.pipeline import Description, identity
+from ncp.training.settings import TrainingConfig
 
 SHARD_BYTES = 512 << 20
-KINDS = {"images": "uid", "prompts": "prompt"}
+INDEX_COLUMNS = {"images": "uid", "prompts": "prompt"}
 
 
 def fingerprint(config: TrainingConfig, description: Description) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def open_cache(config: TrainingConfig, description: Description, pairs: Pairs) -
     advice = "run cache_latents.py with this config"
     if not (folder / "manifest.json").is_file():
         raise UserError(f"cached_latents: {folder} holds no cache; {advice}")
-    manifest = read_manifest(folder)
+    manifest = read_cache_manifest(folder)
     if "files" not in manifest:
         raise UserError(f"cached_latents: {folder} is not finished; {advice}")
     if different := differences(manifest["fingerprint"], fingerprint(config, description)):
@@ -165,7 +167,7 @@ def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{k} {made.get(k)} (this run: {wanted[k]})" for k in differ)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_cache_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json of a cache. Raises UserError if it is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -176,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise UserError(f"cached_latents: {folder / 'manifest.json'} is not a cache's manifest") from None
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_cache_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     replace_file(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -185,7 +187,7 @@ def read_index(folder: Path, kind: str) -> pa.Array:
     """The uids or prompts of a cache, in order. Raises UserError if the file is damaged."""
     file = folder / f"{kind}.parquet"
     try:
-        return pq.read_table(file)[KINDS[kind]].combine_chunks()
+        return pq.read_table(file)[INDEX_COLUMNS[kind]].combine_chunks()
     except (OSError, pa.ArrowException, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ncp.config import TrainingConfig
+from ncp.training.settings import TrainingConfig
 
 SLOW = 1.5  # bfloat16 at this many times float32's time has no unit of its own
 

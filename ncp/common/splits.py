@@ -1,15 +1,12 @@
-"""Files, as the filter and the training scripts agree on them: which make up a split, and what is in one."""
+"""Which parquet files make up a split of a dataset, as the filter and the training scripts agree on it."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ncp.config import UserError
-
-SAMPLE_BYTES = 1 << 16
+from ncp.common.errors import UserError
 
 # Words that name a split, as the datasets library has them.
 SPLITS = {
@@ -86,30 +83,3 @@ def local_files(dataset_name: str, split: str) -> dict[str, Path] | None:
     if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset_name):
         raise UserError(f"dataset_name: no such file or folder: {dataset_name}")
     return None
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sampled_sha256(files: Iterable[Path]) -> str:
-    """A short hash of names, sizes and up to 16 blocks of each file: tells weights apart without reading all of them.
-
-    The blocks are spread evenly, the first and the last included.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for k in range(16):
-                file.seek(max(0, size - SAMPLE_BYTES) * k // 15)
-                digest.update(file.read(SAMPLE_BYTES))
-                if size <= SAMPLE_BYTES:
-                    break
-    return digest.hexdigest()[:16]

@@ -21,9 +21,9 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ncp.config import TrainingConfig
 from ncp.encoder import DownBlockEncoder, precision_of_f
 from ncp.models import DTYPES, LORA_TARGETS, Description, checkpoint_blocks, images_per_pass
+from ncp.training.settings import TrainingConfig
 
 CONTEXT = 600 << 20  # of CUDA itself: its context and the libraries' workspaces
 FRAGMENTS = 0.05  # of the rest, lost between the allocator's blocks

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 try:
     import fcntl

@@ -35,11 +35,13 @@ from safetensors.torch import load_file
 
 import ncp
 from ncp.cache import columns_of, fingerprint
-from ncp.config import DIVERGED, Stopped, TrainingConfig, UserError, read_yaml, save
+from ncp.common.config import read_yaml, save
+from ncp.common.errors import DIVERGED, Stopped, UserError
+from ncp.common.files import sha256
+from ncp.common.lock import hold, is_empty, release
 from ncp.data import Pairs
-from ncp.files import sha256
-from ncp.lock import hold, is_empty, release
 from ncp.models import Description, Models, identity
+from ncp.training.settings import TrainingConfig
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ncp.config import UserError
+from ncp.common.errors import UserError
 
 
 def file_of(name: str, file: str, revision: str | None) -> Path:

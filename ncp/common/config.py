@@ -1,0 +1,256 @@
+"""One parser for YAML files and command lines.
+
+A configuration is a dataclass whose fields are made with `option`. `parse` reads `--config FILE` and
+`--any_key value`, gives both the same types and ranges, lets the command line win, and refuses what
+it does not know. A list is written as in YAML in both, `--key "[a, b]"`; a bare text is one item.
+Every mistake is a `UserError`: one line that says what is wrong, where, and what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ncp.common.errors import TOKEN, UserError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its documentation and range.
+
+    choices: accepted values (for a list: of its items). low, high: inclusive bounds. above: exclusive lower bound.
+    A field without a default is required.
+    """
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Builds `cls` from `--config FILE` and `--key value` arguments (default: `sys.argv[1:]`).
+
+    Raises UserError for an unknown or repeated key, a wrong type or value, or a missing file or key.
+    If `cls` has a method `check`, it is called last, for rules that span several keys.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
+    for name, field in fields.items():
+        # A bare --flag means true; everything else needs its value.
+        flag = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
+        parser.add_argument(
+            f"--{name}", default=dataclasses.MISSING, help=_help(field), metavar=_show(hints[name]), **flag
+        )
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].split("=")[0]
+        raise UserError(f"command line: unknown argument {name}{_nearest(name.lstrip('-'), [*fields, 'config'], '--')}")
+
+    values: dict[str, Any] = {}
+    if known.config is not None:
+        for name, value in read_yaml(known.config).items():
+            if name not in fields:
+                raise UserError(f"{known.config}: unknown key '{name}'{_nearest(str(name), fields)}")
+            values[name] = _convert(value, hints[name], fields[name], f"{known.config}: {name}")
+    for name, field in fields.items():
+        if (text := getattr(known, name)) is not dataclasses.MISSING:
+            where = f"command line: --{name}"
+            value = _as_in_yaml(text, where) if _is_list(hints[name]) else text
+            values[name] = _convert(value, hints[name], field, where)
+        elif (
+            name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ):
+            raise UserError(f"{known.config or 'command line'}: '{name}' is missing ({field.metadata['doc']})")
+    config = cls(**values)
+    if hasattr(config, "check"):
+        config.check()
+    return config
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError if it cannot be read, is no mapping, or repeats a key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the config file ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        content = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: a date that there is not
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected lines of 'key: value', found a {type(content).__name__}")
+    return content
+
+
+def save(config: Any, path: str | os.PathLike) -> None:
+    """Writes a configuration as YAML that `parse` reads back to the same values."""
+    Path(path).write_text(
+        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+# ---------------------------------------------------------------- conversion
+
+_SHORT = reprlib.Repr()  # a few bytes of YAML can stand for gigabytes
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
+    """`value` (from YAML or, as text, from the command line) as type `hint`, within the field's range."""
+    inner, optional = _unwrap(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "") and optional):
+        if optional:
+            return None
+        raise UserError(f"{where} is empty; expected {_show(hint)}")
+    if _is_list(hint):
+        (item_type,) = typing.get_args(inner)
+        return [_scalar(item, item_type, field, where) for item in (value if isinstance(value, list) else [value])]
+    return _scalar(value, inner, field, where)
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(_unwrap(hint)[0]) is list
+
+
+def _as_in_yaml(text: str, where: str) -> Any:
+    """What `text` means after 'key: ' in a YAML file. Raises UserError if it means nothing there."""
+    try:
+        content = yaml.load(f"key: {text}", _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        content = {}
+    if list(content) != ["key"]:
+        example = "[first, second], or \"['one, with: odd signs']\""
+        raise UserError(f"{where} is {_SHORT.repr(text)}, which YAML cannot read; a list is written {example}")
+    return content["key"]
+
+
+def one_item_each(key: str, items: Sequence[str]) -> None:
+    """Raises UserError for an item that looks like several: a, b without the brackets of a list."""
+    for item in items:
+        if "," in item:
+            raise UserError(f"{key}: '{item}' is one item; several are written [{', '.join(re.split(', *', item))}]")
+
+
+def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
+    def wrong() -> UserError:
+        hint = " (quote it if a word was meant)" if kind is str and isinstance(value, bool) else ""
+        return UserError(f"{where} is {_SHORT.repr(value)}; expected {_show(kind)}{hint}")
+
+    if kind is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if not isinstance(value, bool) and (not isinstance(value, str) or value.lower() not in words):
+            raise wrong()
+        result: Any = value if isinstance(value, bool) else words[value.lower()]
+    elif kind in (int, float):
+        if isinstance(value, (bool, list, dict)):
+            raise wrong()
+        try:
+            # YAML 1.1 reads 1e-8 as a string, so text is parsed here too.
+            result = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise wrong() from None
+        if not math.isfinite(result) or (kind is int and result != int(result)):
+            raise wrong()
+        result = kind(value) if isinstance(value, int) else kind(result)  # int() of a float would lose digits
+    else:
+        if isinstance(value, (bool, list, dict)):
+            raise wrong()
+        result = str(value)
+        if "\0" in result or any("\ud800" <= c <= "\udfff" for c in result):  # in no path, in no UTF-8
+            raise wrong()
+        if TOKEN.search(result):  # which would end up in config.yaml and the model card
+            raise UserError(f"{where} holds an access token; log in with 'hf auth login' or set HF_TOKEN instead")
+
+    limits = field.metadata
+    if limits["choices"] is not None and result not in limits["choices"]:
+        names = ", ".join(map(str, limits["choices"]))
+        raise UserError(f"{where} is {result!r}; expected one of: {names}")
+    for bound, broken, words_ in (
+        ("low", lambda b: result < b, "at least"),
+        ("high", lambda b: result > b, "at most"),
+        ("above", lambda b: result <= b, "more than"),
+    ):
+        if limits[bound] is not None and broken(limits[bound]):
+            raise UserError(f"{where} is {result}; expected {words_} {limits[bound]}")
+    return result
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """(the type, whether None is allowed too)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return inner[0], len(inner) < len(typing.get_args(hint))
+    return hint, False
+
+
+def _show(hint: Any) -> str:
+    inner, optional = _unwrap(hint)
+    if _is_list(inner):
+        name = f"list of {_show(typing.get_args(inner)[0])}"
+    else:
+        name = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(inner, str(inner))
+    return f"{name} or null" if optional else name
+
+
+def _help(field: dataclasses.Field) -> str:
+    default = "" if field.default is dataclasses.MISSING else f" (default: {field.default})"
+    choices = f" One of: {', '.join(map(str, field.metadata['choices']))}." if field.metadata["choices"] else ""
+    return (field.metadata["doc"] + "." + choices + default).replace("%", "%%")
+
+
+def _nearest(name: str, known: Any, prefix: str = "") -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{match[0]}?" if match else "; --help lists the known ones"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"command line: {message}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a repeated key instead of silently taking the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

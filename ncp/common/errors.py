@@ -1,0 +1,102 @@
+"""How a program ends: the errors that become one line, the exit statuses, and the call of `main`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from ncp.common.processes import follow_launcher
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # the hub's access tokens
+
+
+class UserError(Exception):
+    """A mistake in the input: its message is one line, meant for the person at the keyboard.
+
+    everywhere: every process finds it, so that the first alone need say it; otherwise whoever meets it does.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+INTERRUPTED, DIVERGED = 75, 3  # exit statuses; the first is EX_TEMPFAIL of sysexits.h: try again
+
+
+class Stopped(Exception):
+    """A run that ends early as it should: a line for the person at the keyboard, and the exit status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Calls `main`. A UserError, or what the system refuses, becomes one line on standard error and exit status 2.
+
+    A Stopped becomes a line and its own status.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    follow_launcher()
+    try:
+        try:
+            main()
+        except BaseException as error:
+            # A data loader ends its workers, which outlive signals, once nothing refers to it.
+            traceback.clear_frames(error.__traceback__)
+            raise
+    except UserError as error:
+        if first or not error.everywhere:  # one line, not one per process
+            _say(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:  # a disk or a network, which a traceback would not explain better
+        _say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        sys.exit(2)
+    except Stopped as stop:
+        if first:
+            _say(str(stop))
+        sys.exit(stop.status)
+    except KeyboardInterrupt:  # before a run's guard takes signals over, and in programs that have none
+        if first:
+            _say("interrupted")
+        sys.exit(130)  # as a shell reports it
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        # Without the clean-up at exit, which would wait for the one that is gone.
+        _say(f"error: another process of this run has ended or does not answer ({str(error).splitlines()[0]})")
+        os._exit(2)
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Leaves the process group, if there is one: now that DDP is gone with `main`'s frame, and Python is still whole.
+
+    Earlier, it would end with DDP's C++ half, which holds the interpreter lock while it waits for gloo's threads, and
+    they may wait for that lock to drop a tensor: a deadlock, one time in a few. Later, they find no interpreter and
+    abort the process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _say(line: str) -> None:
+    """A line of its own on standard error, even under a progress bar; whatever it quotes, no hub token is in it."""
+    tqdm.write(TOKEN.sub("hf_***", " ".join(line.splitlines())), file=sys.stderr)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL lost the connection to another process, or gave up waiting for it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    signs = ("closed by peer", "reset by peer", "timed out", "timeout", "connection refused", "remote process exited")
+    return any(sign in str(error).lower() for sign in signs)

@@ -1,0 +1,92 @@
+"""Files that are there whole or not at all, and digests of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+SAMPLE_BYTES = 1 << 16
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write(temporary path)` make a file, or a folder, which then takes the place of `path`.
+
+    Whoever finds `path` finds it whole. If anything fails, what was there before stays, and nothing else is left.
+    """
+    temporary = temporary_for(path)
+    try:
+        write(temporary)
+        put_in_place(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str, newline: str | None = None) -> None:
+    """`write_file` for UTF-8 text."""
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8", newline=newline))
+
+
+def temporary_for(path: Path) -> Path:
+    """The hidden name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Gives a finished file or folder its name, once the disk has its content."""
+    if temporary.is_dir():
+        for file in temporary.iterdir():
+            _wait_for_disk(file)
+        remove(path)  # a folder cannot replace another
+    _wait_for_disk(temporary)
+    os.replace(temporary, path)
+    _wait_for_disk(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with its content; nothing happens if it is not there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _wait_for_disk(path: Path) -> None:
+    """Waits until the disk has a file's content or, where folders can be opened (not on Windows), a folder's names."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal digest of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sampled_sha256(files: Iterable[Path]) -> str:
+    """A short hash of names, sizes and up to 16 blocks of each file: tells weights apart without reading all of them.
+
+    The blocks are spread evenly, the first and the last included.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for k in range(16):
+                file.seek(max(0, size - SAMPLE_BYTES) * k // 15)
+                digest.update(file.read(SAMPLE_BYTES))
+                if size <= SAMPLE_BYTES:
+                    break
+    return digest.hexdigest()[:16]

@@ -1,0 +1,86 @@
+"""What the U-Net is given: latents of images and embeddings of prompts, computed or read from a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from ncp.training.models import Models
+
+# Elements of the largest map of one VAE pass. Many kernels count elements with 32 bits, so 2^31 is the end. An eighth
+# of it is four images of 512 x 512 through SD's VAE, or one of 1024 x 1024: 2.5 GiB in float32 (memory.encoders), where
+# the 128 images of a batch of 64 pairs would need 80.
+VAE_ELEMENTS = 1 << 28
+PROMPTS_PER_PASS = 64  # of a text encoder: the widest map of SDXL's larger one has 64 x 77 x 5120 = 2.5e7 elements
+
+
+@torch.no_grad()
+def latents(m: Models, batch: dict[str, Any]) -> torch.Tensor:
+    """x0 (N, C, h, w) float32: scaled latents of the batch's `pixels` or `moments`, sampled with its `posterior`."""
+    moments = batch["moments"] if m.pipe is None else vae_moments(m.pipe.vae, batch["pixels"])
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    x0 = mean + (log_variance.clamp(-30, 20) / 2).exp() * batch["posterior"]  # AutoencoderKL's bounds
+    vae = m.description.vae
+    return (x0 - (vae.get("shift_factor") or 0)) * vae.get("scaling_factor", 0.18215)  # AutoencoderKL's default
+
+
+@torch.no_grad()
+def conditions(m: Models, batch: dict[str, Any]) -> dict[str, Any]:
+    """The U-Net's keyword arguments for N images of B prompts, the prompts repeated in whole rounds.
+
+    encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
+    the batch's time_ids (N, 6): original size, crop and target size in pixels, height before width. They stay in
+    float32, because bfloat16 makes 1024 of 1023; the U-Net casts their sinusoidal embedding.
+    """
+    text, pooled = (batch["text"], batch.get("pooled")) if m.pipe is None else embed_prompts(m.pipe, batch["prompt"])
+    rounds = len(batch["time_ids"]) // len(text)
+    kwargs: dict[str, Any] = {"encoder_hidden_states": text.to(m.dtype).repeat(rounds, 1, 1)}
+    if pooled is not None:
+        pooled = pooled.to(m.dtype).repeat(rounds, 1)
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": pooled,
+            "time_ids": batch["time_ids"].to(pooled.device, torch.float32),
+        }
+    return kwargs
+
+
+@torch.no_grad()
+def vae_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance (N, 2C, h, w), in the VAE's dtype, of uint8 (N, 3, H, W), in passes of bounded size."""
+    parts = pixels.split(images_per_pass(vae.config, max(pixels.shape[-2:])))
+    return torch.cat([vae.encode(_normalized(p, vae)).latent_dist.parameters for p in parts])
+
+
+def _normalized(pixels: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    return (pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+
+
+def images_per_pass(vae: dict[str, Any], side: int) -> int:
+    """How many images of `side` pixels go through a VAE of this config at once, encoded or decoded; at least 1.
+
+    Its maps: level i has block_out_channels[i] channels at side / 2^i, and the decoder brings those of level i + 1 up
+    to the size of level i. The middle block's attention may make a matrix of tokens x tokens.
+    """
+    channels = vae["block_out_channels"]
+    sides = [side / 2**i for i in range(len(channels))]
+    maps = [c * s**2 for c, s in zip(channels, sides, strict=True)]
+    maps += [c * s**2 for c, s in zip(channels[1:], sides[:-1], strict=True)]
+    return max(1, int(VAE_ELEMENTS // max(*maps, sides[-1] ** 4)))
+
+
+@torch.no_grad()
+def embed_prompts(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(text (B, S, D), pooled (B, P) for SDXL, else None), in the text encoders' dtype, in passes of bounded size."""
+    outputs = [
+        pipe.encode_prompt(
+            prompt=prompts[i : i + PROMPTS_PER_PASS],
+            device=pipe.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        for i in range(0, len(prompts), PROMPTS_PER_PASS)
+    ]
+    text = torch.cat([o[0] for o in outputs])
+    return text, torch.cat([o[2] for o in outputs]) if isinstance(pipe, StableDiffusionXLPipeline) else None

@@ -1,0 +1,82 @@
+"""Averages of what is measured between two log entries."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class Meter:
+    """Averages metrics over micro-batches, processes and the steps between two log entries, and keeps the time.
+
+    `seconds` counts what lies between `start` and `stop`: training, without checkpoints and pictures. A resumed run
+    goes on from its checkpoint's.
+    """
+
+    def __init__(self, checkpoint: Path | None = None) -> None:
+        saved = read_manifest(checkpoint) if checkpoint else {}
+        self.seconds = float(saved.get("seconds", 0))
+        self._clear()
+        if "meter" in saved:
+            self.counts.update(saved["meter"]["counts"])
+            self.sums.update({name: torch.tensor(value) for name, value in saved["meter"]["sums"].items()})
+            self.samples, self.before = saved["meter"]["samples"], saved["meter"]["before"]
+
+    def _clear(self) -> None:
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.counts: dict[str, int] = defaultdict(int)
+        self.samples, self.before = 0, self.seconds
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def add(self, metrics: dict[str, torch.Tensor | float], samples: int = 0) -> None:
+        """Per-sample tensors or scalars; `samples` counts this process's pairs."""
+        for name, value in metrics.items():
+            # Summed on the device: reading a value here would make the host wait for it at every step.
+            mean = value.detach().float().mean() if torch.is_tensor(value) else torch.tensor(float(value))
+            self.sums[name] = self.sums[name].to(mean.device) + mean
+            self.counts[name] += 1
+        self.samples += samples
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """For a checkpoint: with it, a resumed run logs what this one would have."""
+        names, sums = sorted(self.sums), []
+        if names:
+            own = torch.stack([self.sums[n].to(accelerator.device) for n in names])
+            sums = accelerator.reduce(own, reduction="mean").tolist()
+        meter = {"sums": dict(zip(names, sums, strict=True)), "counts": dict(self.counts)}
+        return {"seconds": self.seconds, "meter": {**meter, "samples": self.samples, "before": self.before}}
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last flush over all processes, with samples per second and peak memory in GiB."""
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[n].to(accelerator.device) / self.counts[n] for n in names])
+        means = accelerator.reduce(means, reduction="mean")
+        figures = dict(zip(names, means.tolist(), strict=True))
+        figures["samples_per_second"] = self.samples * accelerator.num_processes / (self.seconds - self.before)
+        figures["peak_memory_gib"] = peak_memory_gib(accelerator.device)
+        self._clear()
+        return figures
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory in use so far: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # on Unix alone
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,167 @@
+"""Policy, reference and encoder over one frozen U-Net, and the rest of the pipeline, loaded for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from ncp.common import hub
+from ncp.encoder import DownBlockEncoder, frozen_twin, precision_of_f
+from ncp.training.pipeline import DTYPES, Description, scheduler_like
+from ncp.training.settings import TrainingConfig
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass
+class Models:
+    """Everything a training step needs, on its device.
+
+    `unet` carries the LoRA; `reference` and `encoder` share its frozen storage (in bfloat16 the encoder has weights of
+    its own, `precision_of_f`). `pipe` holds text encoders, tokenizers and VAE; the VAE may be in float32 while the rest
+    is in half precision. With a cache it is None. `secant` is the config's, resolved: in float32 "auto" is 1.
+    """
+
+    description: Description
+    unet: UNet2DConditionModel
+    reference: UNet2DConditionModel
+    encoder: DownBlockEncoder
+    scheduler: DDPMScheduler
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline | None
+    secant: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return self.reference.dtype
+
+    @property
+    def lora_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+
+def load_models(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Models:
+    """Loads the pipeline, makes the reference and the encoder over its storage, then adds the LoRA.
+
+    With `cached_latents` neither the VAE nor a text encoder is loaded.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    name = config.pretrained_model_name_or_path
+    where = {"revision": config.revision, "variant": config.variant, "dtype": DTYPES[accelerator.mixed_precision]}
+    with hub.loading(name):
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where).to(accelerator.device)
+    pipe = load_pipe(config, description, accelerator) if config.cached_latents is None else None
+    scheduler = scheduler_like(DDPMScheduler, description.scheduler)
+    return assemble(config, description, unet, scheduler, pipe, accelerator)
+
+
+def assemble(
+    config: TrainingConfig,
+    description: Description,
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    pipe: Any,
+    accelerator: Accelerator,
+) -> Models:
+    """The policy with its LoRA, the reference and the encoder, over the storage of `unet`, which becomes the policy."""
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    # Wrapped in the same autocast as the policy, so that at the start the two agree to the bit.
+    reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
+    encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, precision_of_f(unet.dtype, accelerator.device))
+    exact = encoder.unet.dtype == torch.float32 and config.secant == "auto"
+    torch.manual_seed(config.seed)  # of LoRA's gaussian half, the only randomness outside the samples
+    unet.add_adapter(lora_config(config))
+    # A half-precision base makes half-precision LoRA weights: updates of 1e-5 would round to nothing.
+    cast_training_params(unet, torch.float32)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(unet, config.checkpointed_blocks)
+        if {"all", "encoder"} & set(config.checkpointed_blocks):
+            encoder.enable_gradient_checkpointing()
+    if config.torch_compile:
+        compile_blocks([unet, reference, encoder], accelerator)
+    return Models(description, unet, reference, encoder, scheduler, pipe, secant="1" if exact else config.secant)
+
+
+def lora_config(config: TrainingConfig) -> LoraConfig:
+    """LoRA on the attention projections."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=LORA_TARGETS,
+    )
+
+
+def load_pipe(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Any:
+    """The pipeline but for its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    name, dtype = config.pretrained_model_name_or_path, DTYPES[accelerator.mixed_precision]
+    where = {"revision": config.revision, "variant": config.variant, "dtype": dtype}
+    vae_name, vae_dtype = config.pretrained_vae_model_name_or_path, description.vae_dtype(dtype)
+    extra = {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+    extra["scheduler"] = scheduler_like(DDIMScheduler, description.scheduler)
+    with hub.loading(vae_name or name):
+        if vae_name:
+            vae = AutoencoderKL.from_pretrained(vae_name, dtype=vae_dtype)
+        else:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **{**where, "dtype": vae_dtype})
+    with hub.loading(name):
+        pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
+    pipe.register_modules(vae=vae)
+    pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(accelerator.device)
+    for module in (vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if module is not None:
+            module.requires_grad_(False).eval()
+    return pipe
+
+
+def checkpoint_blocks(unet: UNet2DConditionModel, names: list[str]) -> None:
+    """Has these blocks ("down0", "mid", "up3", ..., or "all") recompute their activations in the backward pass."""
+    blocks = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}
+    blocks |= {f"up{i}": block for i, block in enumerate(unet.up_blocks)} | {"mid": unet.mid_block}
+    unet.enable_gradient_checkpointing()  # sets the function, and every flag
+    for name, block in blocks.items():
+        for module in block.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = "all" in names or name in names
+
+
+def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> None:
+    """Compiles the repeated blocks, transformer and ResNet, in place; without a compiler it says so and goes on.
+
+    Blocks rather than whole models: each kind is compiled once per shape, in seconds instead of minutes.
+    """
+    import torch._dynamo
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=accelerator.device))
+    except Exception as error:  # whatever a missing compiler raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        accelerator.print(f"torch_compile: no working compiler here, going on without ({reason})")
+        return
+    # One entry for each width, resolution and grad mode, all from the first step; the default of 8 is too few.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    for module in modules:
+        for block in module.modules():
+            if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+                block.compile(dynamic=False)

@@ -1,0 +1,240 @@
+"""The decisive pairs of a dataset in Pick-a-Pic's columns: which rows train, and which are held out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ncp.common import hub
+from ncp.common.errors import UserError
+from ncp.common.judgements import Judgements, read_judgements
+from ncp.common.splits import local_files
+from ncp.training.settings import TrainingConfig
+
+COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
+OPTIONAL = ("has_label", "best_image_uid")  # looked at where a dataset has them
+COLUMN_TYPES = {  # by the first word of the name
+    "caption": "text",
+    "image": "text",
+    "best": "text",
+    "label": "number",
+    "has": "true or false",
+    "jpg": "binary",
+}
+DROPPED = {  # the faults of `Judgements` in words
+    "missing_caption": "without a caption",
+    "missing_uid": "without an image's uid",
+    "unlabeled": "without a label",
+    "malformed_labels": "with labels other than 1 and 0, 0 and 1, 0.5 and 0.5",
+    "same_image": "of an image against itself",
+    "contradictory_best_image_uid": "whose best_image_uid is not the winner's",
+    "tie": "ties",
+}
+
+
+@dataclass
+class Pairs:
+    """Decisive judgements of a dataset: `rows` of `table`, whose winner is image `winner` (0 or 1).
+
+    The last `heldout` of them never train and are not in its length. `source(row)` names where a row came from.
+    `dropped` counts the other rows of `table`, by reason. `manifest` is filter_pickapic.py's, if it made the dataset.
+    """
+
+    table: Any
+    rows: np.ndarray
+    winner: np.ndarray
+    files: list[Path]
+    file_rows: list[int]
+    dropped: dict[str, int]
+    manifest: dict[str, Any] | None = None
+    heldout: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) - self.heldout
+
+    def source(self, row: int) -> str:
+        if not self.files:
+            return f"row {row}"
+        ends = np.cumsum(self.file_rows)
+        file = int(np.searchsorted(ends, row, side="right"))
+        return f"{self.files[file]} row {row - (ends[file] - self.file_rows[file])}"
+
+    def name(self, index: int) -> dict[str, str]:
+        """Where pair `index` is, and the uids of its winner and loser."""
+        number, winner = int(self.rows[index]), int(self.winner[index])
+        row = self.table[number]
+        uids = [str(row[f"image_{side}_uid"]) for side in (winner, 1 - winner)]
+        return {"source": self.source(number), "winner": uids[0], "loser": uids[1]}
+
+
+def open_pairs(config: TrainingConfig) -> Pairs:
+    """The decisive pairs of the configured dataset; rows that filter_pickapic.py would call faulty never train.
+
+    With `cached_latents` the image columns are not read and need not be there. Raises UserError if the dataset is
+    missing or unreadable, lacks a column, differs from its manifest, or has too few decisive pairs.
+    """
+    import datasets
+
+    columns = tuple(c for c in COLUMNS if config.cached_latents is None or not c.startswith("jpg"))
+    local = local_files(config.dataset_name, config.dataset_split)
+    files = list(local.values()) if local else None
+    file_rows, optional = check_columns(files, columns) if files else ([], [])
+    manifest = read_filter_manifest(Path(config.dataset_name)) if files else None
+    datasets.disable_progress_bars()
+    try:
+        if files:
+            table = datasets.load_dataset(
+                "parquet",
+                data_files={"train": [str(f) for f in files]},
+                split="train",
+                cache_dir=config.cache_dir,
+                columns=[*columns, *optional],
+            )
+        else:
+            table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
+    except Exception as error:  # datasets raises many kinds for a hub that does not answer
+        raise UserError(
+            f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {hub.reason(error)}"
+        ) from None
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        raise UserError(f"{config.dataset_name}: column {', '.join(missing)} is missing; expected {', '.join(columns)}")
+    table = table.select_columns([*columns, *(c for c in OPTIONAL if c in table.column_names)])
+    check_types(table, config.dataset_name)
+    texts = table.select_columns([c for c in table.column_names if not c.startswith("jpg")]).with_format("arrow")[:]
+    if manifest and manifest["options"].get("best_image_uid") == "ignore" and "best_image_uid" in texts.column_names:
+        texts = texts.drop_columns(["best_image_uid"])
+    try:
+        said = read_judgements(texts)
+    except pa.ArrowInvalid:
+        raise UserError(f"{config.dataset_name}: a caption or uid is not valid UTF-8") from None
+    rows, winner, dropped = decisive(said)
+    if not len(rows):
+        reasons = ", ".join(f"{v} {k}" for k, v in dropped.items())
+        raise UserError(f"{config.dataset_name}: not a single decisive pair among {len(table)} rows ({reasons})")
+    caption, images = said.caption[rows], np.stack([said.uid_0, said.uid_1], axis=1)[rows]
+    train, held = hold_out(caption, images, config.heldout_pairs)
+    if not len(train):
+        raise UserError(
+            f"heldout_pairs is {config.heldout_pairs}; {config.dataset_name} has {len(rows)} decisive pairs of "
+            f"{len(np.unique(caption))} prompts; beside so many held-out prompts and their images none is left to train"
+        )
+    order = np.concatenate([train[: config.max_train_samples], held])
+    left_out = {
+        "set aside with a prompt or image that is held out": len(rows) - len(train) - len(held),
+        "beyond max_train_samples": len(train) + len(held) - len(order),
+    }
+    dropped |= {reason: count for reason, count in left_out.items() if count}
+    table = table.select_columns(list(columns))
+    return Pairs(table, rows[order], winner[order], files or [], file_rows, dropped, manifest, heldout=len(held))
+
+
+def check_columns(files: list[Path], columns: tuple[str, ...]) -> tuple[list[int], list[str]]:
+    """(rows per parquet file, the OPTIONAL columns that they have).
+
+    Raises UserError naming the first file that is unreadable, or lacks a column or an optional one of the first's.
+    """
+    import pyarrow.parquet as pq
+
+    rows: list[int] = []
+    optional: list[str] = []
+    for file in files:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        missing = [c for c in columns if c not in metadata.schema.names]
+        if missing:
+            raise UserError(
+                f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}"
+            )
+        has = [c for c in OPTIONAL if c in metadata.schema.names]
+        if rows and has != optional:
+            odd = ", ".join(sorted(set(has) ^ set(optional)))
+            raise UserError(f"{file}: column {odd} is there in some files and missing in others, such as {files[0]}")
+        rows.append(metadata.num_rows)
+        optional = has
+    return rows, optional
+
+
+def check_types(table: Any, name: str) -> None:
+    """Raises UserError naming the first column that is not text, a number or bytes as it should be."""
+    import pyarrow.types as pt
+
+    tests = {
+        "text": lambda t: pt.is_string(t) or pt.is_large_string(t),
+        "number": lambda t: pt.is_floating(t) or pt.is_integer(t),
+        "binary": lambda t: pt.is_binary(t) or pt.is_large_binary(t),
+        "true or false": pt.is_boolean,
+    }
+    for field in table.features.arrow_schema:
+        if not tests[kind := COLUMN_TYPES[field.name.split("_")[0]]](field.type):
+            raise UserError(f"{name}: column {field.name} is {field.type}; expected {kind}")
+
+
+def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training pairs, held-out pairs), indices of pairs that share neither a caption nor an image.
+
+    caption (P,) and images (P, 2) are integer codes. Held out is the middle pair of each of `count` captions, evenly
+    spaced in order of first appearance. The other pairs of these captions or images are in neither set. With as many
+    captions as that or fewer, no pair is left to train, and none is held out.
+    """
+    captions, first = np.unique(caption, return_index=True)
+    if count >= len(captions):
+        return np.arange(0), np.arange(0)
+    spaced = (2 * np.arange(count) + 1) * len(captions) // (2 * max(count, 1))
+    chosen = captions[np.argsort(first)][spaced]
+    by_caption = np.argsort(caption, kind="stable")
+    begin, end = (np.searchsorted(caption[by_caption], chosen, side) for side in ("left", "right"))
+    held = by_caption[(begin + end) // 2]
+    shared = np.isin(caption, chosen) | np.isin(images, images[held]).any(axis=1)
+    return np.flatnonzero(~shared), held
+
+
+def read_filter_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest.json that filter_pickapic.py left in a dataset's folder, or None if there is none.
+
+    Raises UserError if it cannot be read, or if a file of the dataset is not as it was written.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest.get("tool") != "filter_pickapic":
+            return None
+        sizes = {output["file"]: output["size"] for output in manifest["outputs"]}
+        describe_filtering(manifest)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not a readable manifest of filter_pickapic.py") from None
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise UserError(f"{folder / name}: missing or changed since filter_pickapic.py wrote it; filter again")
+    return manifest
+
+
+def describe_filtering(manifest: dict[str, Any]) -> str:
+    """How a dataset was filtered, in a line."""
+    rows, pairs = manifest["rows"], manifest["pairs"]
+    return (
+        f"rule {manifest['options']['rule']}: {pairs['total']:,} pairs of {rows['input']:,} rows of "
+        f"{manifest['dataset_name']}, {pairs['unique_prompts']:,} prompts, {pairs['images']:,} images "
+        f"(filter_pickapic {manifest['version']}, pairs {pairs['sha256'][:12]})"
+    )
+
+
+def decisive(said: Judgements) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(row numbers, winner 0 or 1, counts of the other rows by their first fault) of rows that name a better image."""
+    left = np.ones(len(said.tie), bool)
+    dropped = {}
+    for reason, hit in {**said.faults, "tie": said.tie}.items():
+        if count := int((hit & left).sum()):
+            dropped[DROPPED[reason]] = count
+        left &= ~hit
+    rows = np.flatnonzero(left)
+    return rows, (~said.first_wins[rows]).astype(np.int64), dropped
