@@ -7,13 +7,13 @@ It takes the config of any training script, so that the two cannot disagree, and
 `cached_latents` names: VAE moments (mean and log-variance in float16, so that the sampling noise of the posterior
 survives) of every distinct image, mirrored too if `random_flip` is on, and embeddings of every distinct prompt and
 of the empty one. All processes share the work. A shard of the cache is there whole or not at all; a second run
-writes the missing ones. Format: ncp/cache.py.
+writes the missing ones. Format: ncp/training/cache.py.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,11 +32,18 @@ from tqdm import tqdm
 import ncp
 import train_ncp_cpo
 import train_ncp_dpo
-from ncp import cache, data, models, training
 from ncp.common.config import parse
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError, run_program
+from ncp.common.files import write_file
 from ncp.common.lock import is_empty, one_writer
 from ncp.common.processes import end_with_parent
+from ncp.training import cache
+from ncp.training.engine import make_accelerator
+from ncp.training.images import Unreadable, decode_image, resize_crop_flip, unreadable
+from ncp.training.inputs import PROMPTS_PER_PASS, embed_prompts, vae_moments
+from ncp.training.models import load_pipe
+from ncp.training.pairs import Pairs, open_pairs
+from ncp.training.pipeline import Description, describe
 
 PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four of SD 1.5, twice that with flips
 
@@ -49,7 +56,7 @@ class Config(train_ncp_cpo.Config, train_ncp_dpo.Config):
 class Images(Dataset):
     """Distinct images by position: pixels uint8 (F, 3, R, R), the mirrored one second, time_ids (6,); or an error."""
 
-    def __init__(self, config: Config, pairs: data.Pairs, places: np.ndarray):
+    def __init__(self, config: Config, pairs: Pairs, places: np.ndarray):
         self.config, self.pairs, self.places = config, pairs, places
         self.side = [pairs.table.select_columns([f"jpg_{side}"]) for side in (0, 1)]
 
@@ -57,13 +64,13 @@ class Images(Dataset):
         row, side = self.places[position].tolist()
         resolution, flips = self.config.resolution, (False, True)[: 1 + self.config.random_flip]
         try:
-            image = data.decode(self.side[side][row][f"jpg_{side}"])
-        except data.Unreadable as error:
+            image = decode_image(self.side[side][row][f"jpg_{side}"])
+        except Unreadable as error:
             if self.config.corrupt_images == "error":
-                return {"error": data.unreadable(f"{self.pairs.source(row)}, jpg_{side}", error)}
+                return {"error": unreadable(f"{self.pairs.source(row)}, jpg_{side}", error)}
             empty = np.zeros((len(flips), 3, resolution, resolution), np.uint8)
             return {"pixels": torch.from_numpy(empty), "time_ids": torch.zeros(6, dtype=torch.int32)}
-        crops = [data.resize_crop_flip(image, resolution, np.array([0.5, 0.5]), flip) for flip in flips]
+        crops = [resize_crop_flip(image, resolution, np.array([0.5, 0.5]), flip) for flip in flips]
         pixels = torch.from_numpy(np.stack([c.pixels for c in crops])).permute(0, 3, 1, 2)
         return {"pixels": pixels, "time_ids": torch.tensor(crops[0].time_ids, dtype=torch.int32)}
 
@@ -93,7 +100,7 @@ def encode_shard(pipe: Any, images: Images, positions: list[int], config: Config
     """moments float16 (n, F, 2C, h, w) and time_ids int32 (n, 6) of the images at these positions."""
     moments, time_ids = [], []
     for batch in batches(images, positions, config):
-        found = models.vae_moments(pipe.vae, batch["pixels"].flatten(0, 1)).half().cpu()
+        found = vae_moments(pipe.vae, batch["pixels"].flatten(0, 1)).half().cpu()
         if not found.isfinite().all():
             raise UserError(
                 f"mixed_precision is {config.mixed_precision}, in which this VAE overflows; use bf16, or a VAE that is "
@@ -109,15 +116,15 @@ def encode_shard(pipe: Any, images: Images, positions: list[int], config: Config
 def prompt_shard(pipe: Any, prompts: list[str], bar: tqdm) -> dict[str, torch.Tensor]:
     """text float16 (n, S, D) and, for SDXL, pooled float16 (n, P)."""
     parts = []
-    for i in range(0, len(prompts), models.PROMPTS_PER_PASS):
-        parts.append(models.embed(pipe, prompts[i : i + models.PROMPTS_PER_PASS]))
+    for i in range(0, len(prompts), PROMPTS_PER_PASS):
+        parts.append(embed_prompts(pipe, prompts[i : i + PROMPTS_PER_PASS]))
         bar.update(len(parts[-1][0]))
     text, pooled = zip(*parts, strict=True)
     shard = {"text": torch.cat(text).half().cpu()}
     return shard if pooled[0] is None else {**shard, "pooled": torch.cat(pooled).half().cpu()}
 
 
-def plan(config: Config, description: models.Description, kinds: dict[str, pa.Array]) -> dict[str, Any]:
+def plan(config: Config, description: Description, kinds: dict[str, pa.Array]) -> dict[str, Any]:
     """The manifest but for the files: fingerprint, entries, and how many of them make a shard."""
     sizes = cache.sizes(config, description)
     return {
@@ -134,10 +141,10 @@ def missing_shards(folder: Path, wanted: dict[str, Any], kinds: dict[str, pa.Arr
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cached_latents: {folder} is a file")
     if (folder / "manifest.json").exists():
-        found = cache.read_manifest(folder)
+        found = cache.read_cache_manifest(folder)
         if different := cache.differences(found["fingerprint"], wanted["fingerprint"]):
             raise UserError(f"cached_latents: {folder} was made with {different}; choose another folder")
-        same = all(found.get(key) == wanted[key] for key in wanted)
+        same = all(found.get(key) == wanted[key] for key in ("entries", "per_shard"))
         if not same or any(not cache.read_index(folder, kind).equals(kinds[kind]) for kind in kinds):
             raise UserError(f"cached_latents: {folder} was made for another dataset; choose another folder")
     elif folder.exists() and not is_empty(folder):
@@ -146,7 +153,7 @@ def missing_shards(folder: Path, wanted: dict[str, Any], kinds: dict[str, pa.Arr
     return [(kind, number) for kind, number in shards if not cache.shard_path(folder, kind, number).exists()]
 
 
-def announce(
+def print_plan(
     config: Config, wanted: dict[str, Any], todo: int, sizes: dict[str, int], accelerator: Accelerator
 ) -> None:
     """Says what is about to be written. Raises UserError if the disk has no room for it."""
@@ -190,11 +197,11 @@ def write_shards(
                 tensors = encode_shard(pipe, images, list(span), config, bar)
             else:
                 tensors = prompt_shard(pipe, kinds[kind][span.start : span.stop].to_pylist(), bar)
-            cache.replace_file(cache.shard_path(folder, kind, number), partial(save_file, tensors))
+            write_file(cache.shard_path(folder, kind, number), partial(save_file, tensors))
 
 
 @contextmanager
-def saying_what_cannot_be_written(folder: Path) -> Iterator[None]:
+def naming_the_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -202,39 +209,39 @@ def saying_what_cannot_be_written(folder: Path) -> Iterator[None]:
         raise UserError(f"cached_latents: cannot write to {folder} ({reason})", everywhere=False) from None
 
 
-def main() -> None:
-    config = replace(parse(Config, description=__doc__), report_to="none")
+def main(argv: Sequence[str] | None = None) -> None:
+    config = replace(parse(Config, argv, description=__doc__), report_to="none")
     if config.cached_latents is None:
         raise UserError("'cached_latents' is missing (the folder to write)")
     folder = Path(config.cached_latents)
-    description = models.describe(config)
-    pairs = data.open_pairs(replace(config, cached_latents=None))  # with its images
+    description = describe(config)
+    pairs = open_pairs(replace(config, cached_latents=None))  # with its images
     kinds, places = cache.contents(pairs)
     wanted = plan(config, description, kinds)
-    accelerator = training.make_accelerator(config)
+    accelerator = make_accelerator(config)
     todo = missing_shards(folder, wanted, kinds)
-    if not todo and "files" in cache.read_manifest(folder):
+    if not todo and "files" in cache.read_cache_manifest(folder):
         accelerator.print(f"{folder} already holds this cache; nothing to do")
         return
-    announce(config, wanted, len(todo), cache.sizes(config, description), accelerator)
-    with saying_what_cannot_be_written(folder), one_writer(folder, processes=accelerator):
+    print_plan(config, wanted, len(todo), cache.sizes(config, description), accelerator)
+    with naming_the_folder(folder), one_writer(folder, processes=accelerator):
         if missing_shards(folder, wanted, kinds) != todo:
             raise UserError(f"cached_latents: another run has just written to {folder}; start again")
         accelerator.wait_for_everyone()  # all have looked before any writes
         if accelerator.is_main_process and not (folder / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for kind, column in cache.KINDS.items():
-                cache.replace_file(folder / f"{kind}.parquet", partial(pq.write_table, pa.table({column: kinds[kind]})))
-            cache.write_manifest(folder, wanted)
-        pipe = models.load_pipe(config, description, accelerator)
+            for kind, column in cache.INDEX_COLUMNS.items():
+                write_file(folder / f"{kind}.parquet", partial(pq.write_table, pa.table({column: kinds[kind]})))
+            cache.write_cache_manifest(folder, wanted)
+        pipe = load_pipe(config, description, accelerator)
         accelerator.wait_for_everyone()
         write_shards(todo, wanted, kinds, Images(config, pairs, places), pipe, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.parquet")])
-            cache.write_manifest(folder, {**wanted, "files": {f.name: f.stat().st_size for f in files}})
+            cache.write_cache_manifest(folder, {**wanted, "files": {f.name: f.stat().st_size for f in files}})
     accelerator.print(f"wrote {folder}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -12,21 +12,21 @@ the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a derivative f
 of eq. 13 (`secant`, README).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from ncp.cache import open_cache
-from ncp.guard import Guard, HeldOut
-from tqdm.auto import tqdm
 
-from ncp import checkpoints, data, memory, models, training
 from ncp.common.config import option, parse
-from ncp.common.errors import run
+from ncp.common.errors import run_program
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
-from ncp.encoder import displacement
+from ncp.encoder import Displacement
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
+from ncp.training.inputs import conditions, latents
+from ncp.training.models import Models
+from ncp.training.run import start
 from ncp.training.settings import TrainingConfig
 
 
@@ -36,111 +36,55 @@ class Config(TrainingConfig):
 
 
 def ncp_dpo(
-    m: models.Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
+    models: Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
 ) -> tuple[torch.Tensor, Metrics]:
     """Algorithm 1, lines 4 to 18: losses (B,) of B pairs, and metrics. 2B rows hold the winners, then the losers."""
-    x0 = models.latents(m, batch)  # (2B, C, h, w)
-    c = models.conditions(m, batch)
+    x0 = latents(models, batch)  # (2B, C, h, w)
+    c = conditions(models, batch)
     t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
+    ddpm = models.scheduler
 
-    x_t = add_noise(m.scheduler, x0, eps, t)  # eq. 1
-    eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+    x_t = add_noise(ddpm, x0, eps, t)  # eq. 1
+    eps_theta = to_epsilon(ddpm, unet(x_t, t, **c).sample, t, x_t)
     with torch.no_grad():
-        eps_ref = to_epsilon(m.scheduler, m.reference(x_t, t, **c).sample, t, x_t)
+        eps_ref = to_epsilon(ddpm, models.reference(x_t, t, **c).sample, t, x_t)
 
     if config.space == "latent":
         loss_theta, loss_ref = latent_distance(eps_theta, eps), latent_distance(eps_ref, eps)  # eq. 3
     else:
-        t_prev = previous(t, config.k)
-        target = reverse_step(m.scheduler, eps, t, t_prev, x_t, z)  # x_t'
-        f = partial(m.encoder, timestep=t_prev.clamp_min(0), **c)
-        x = [reverse_step(m.scheduler, e, t, t_prev, x_t, z) for e in (eps_theta, eps_ref)]
-        loss_theta, loss_ref = map(
-            mean_square, displacement(f, x, target, m.secant, config.secant_length)
-        )  # eq. 12, 13
+        t_prev = previous(t, config.k)  # t'
+        x_target = reverse_step(ddpm, eps, t, t_prev, x_t, z)  # eq. 2
+        x_theta = reverse_step(ddpm, eps_theta, t, t_prev, x_t, z)  # eq. 12
+        x_ref = reverse_step(ddpm, eps_ref, t, t_prev, x_t, z)
+        f = partial(models.encoder, timestep=t_prev.clamp_min(0), **c)
+        displacement = Displacement(f, x_target, models.secant, config.secant_length)  # x -> f(x) - f(x_target)
+        d_ref = displacement(x_ref)
+        d_theta = displacement(x_theta, near=(x_ref, d_ref))
+        loss_theta, loss_ref = mean_square(d_theta), mean_square(d_ref)  # eq. 13
 
     return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
 
 
-def main() -> None:
-    config = parse(Config, description=__doc__)
-    method = "NCP-DPO" if config.space == "perceptual" else "DPO"
-
-    # Whatever can be wrong with the input comes out before a model is loaded.
-    description = models.describe(config)
-    pairs = data.open_pairs(config)
-    cache = open_cache(config, description, pairs)
-    accelerator = training.make_accelerator(config)
-    effective = training.effective_batch(config, accelerator.num_processes)
-    inputs = checkpoints.what_it_depends_on(config, description, pairs, effective)
-    checkpoint = checkpoints.claim_output_dir(config, accelerator, inputs)
-
-    memory.foresee(config, description, accelerator, images_per_sample=2)
-    m = models.load_models(config, description, accelerator)
-    optimizer = training.make_optimizer(config, m.lora_parameters)
-    unet, optimizer = accelerator.prepare(m.unet, optimizer)
-    ema = training.make_ema(config, m)
-    first_step = checkpoints.load_checkpoint(checkpoint, m, optimizer, accelerator, ema) if checkpoint else 0
-    training.announce(config, accelerator, m, pairs, first_step)
-    training.start_trackers(config, accelerator, pairs)
-
-    dataset = data.PairDataset(
-        config, pairs, description.latent_shape(config.resolution), description.num_timesteps, cache=cache, losers=True
-    )
-    batches = iter(data.loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
-    bar = tqdm(total=config.max_train_steps, initial=first_step, desc=method, disable=not accelerator.is_main_process)
-    meter, pictures = training.Meter(checkpoint), {}
-    heldout = HeldOut(ncp_dpo, m, dataset, config, accelerator) if config.heldout_pairs else None
-    guard = Guard(config, accelerator, dataset, checkpoint)
-    save = partial(checkpoints.save_checkpoint, config, m, optimizer, accelerator, ema, inputs=inputs)
-
-    step = first_step
-    if guard.owes_look:  # what a signal kept the run before this one from
-        training.log(config, accelerator, guard.watch(step, heldout), step)
-    if training.pictures_owed(config, accelerator, checkpoint, step):
-        training.validate(config, m, accelerator, ema, step, pictures, guard)
-    while step < config.max_train_steps and not guard.stopped:
-        step += 1
-        meter.start()
-        training.set_learning_rate(optimizer, lr := training.learning_rate(config, step, effective))
-        for _ in range(config.gradient_accumulation_steps):
-            batch = training.to_device(next(batches), accelerator)
-            with accelerator.accumulate(unet):
-                losses, metrics = ncp_dpo(m, unet, batch, config)
-                accelerator.backward(losses.mean())
-            meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
-            guard.add(batch, losses, metrics)
-        grad_norm = accelerator.clip_grad_norm_(m.lora_parameters, config.max_grad_norm)
-        if finite := guard.may_step(step, grad_norm):
-            optimizer.step()
-            if ema is not None:
-                ema.step(m.lora_parameters)
-        optimizer.zero_grad()
-        meter.add({"grad_norm": grad_norm, "skipped_steps": not finite})
-        meter.stop()
-        bar.update()
-
-        last = step == config.max_train_steps
-        if step % config.logging_steps == 0 or last:
-            figures = {**meter.flush(accelerator), "learning_rate": lr}
-            training.log(config, accelerator, figures, step)
-            bar.set_postfix({k: f"{figures[k]:.3g}" for k in ("loss", "accuracy", "margin", "winner_drift")})
-        training.log(config, accelerator, guard.watch(step, heldout), step)
-        if step % config.checkpointing_steps == 0 or last:
-            save(step=step, figures=meter.state(accelerator) | guard.state(), prune=not guard.stopped)
-        if training.pictures_due(config, step) and not guard.stopped:
-            training.validate(config, m, accelerator, ema, step, pictures, guard)
-
-    bar.close()
-    if not guard.stopped:
-        training.validate(config, m, accelerator, ema, step, pictures, guard)
-    if guard.stopped:  # its checkpoint may be there already
-        save(step=step, figures=meter.state(accelerator) | guard.state(), prune=False)
-    else:
-        training.finish(config, m, pairs, accelerator, ema, method, step, effective)
-    training.end(config, accelerator)
-    guard.close()
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(Config, argv, description=__doc__)
+    run = start(config, "DPO", ncp_dpo, images_per_sample=2, shown=("loss", "accuracy", "margin", "winner_drift"))
+    for step in run.steps():
+        for batch in run.micro_batches():
+            with run.accelerator.accumulate(run.unet):
+                losses, metrics = ncp_dpo(run.models, run.unet, batch, config)
+                run.accelerator.backward(losses.mean())
+            run.record(batch, losses, metrics)
+        grad_norm = run.accelerator.clip_grad_norm_(run.models.lora_parameters, config.max_grad_norm)
+        if run.may_step(grad_norm):
+            run.optimizer.step()
+            run.update_average()
+        run.optimizer.zero_grad()
+        run.log(step)
+        run.check_heldout(step)
+        run.save_checkpoint(step)
+        run.draw_validation(step)
+    run.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -18,7 +18,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ncp.models import Description
+from ncp.training.pipeline import Description
 
 SCHEDULER = {
     "beta_start": 0.00085,

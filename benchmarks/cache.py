@@ -28,20 +28,25 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train_ncp_dpo  # noqa: E402 (after the path)
-from ncp import cache, data, models, training  # noqa: E402
-from ncp.common.config import parse  # noqa: E402
-from ncp.common.processes import tied  # noqa: E402
+import train_ncp_dpo
+from ncp.common.config import parse
+from ncp.common.processes import tied
+from ncp.training import cache
+from ncp.training.engine import make_accelerator, make_optimizer
+from ncp.training.models import load_models
+from ncp.training.pairs import Pairs, open_pairs
+from ncp.training.pipeline import describe
+from ncp.training.samples import PairDataset, loader, to_device
 
 
-def arm(folder: Path, cached: bool, batch: int) -> tuple[train_ncp_dpo.Config, data.Pairs, cache.Cache | None]:
+def arm(folder: Path, cached: bool, batch: int) -> tuple[train_ncp_dpo.Config, Pairs, cache.Cache | None]:
     argv = ["--config", str(ROOT / "configs/tiny_ncp_dpo.yaml"), "--dataset_name", str(ROOT / "tiny/data")]
     argv += ["--pretrained_model_name_or_path", str(ROOT / "tiny/model"), "--cache_dir", str(folder / "arrow")]
     argv += ["--output_dir", str(folder / "out"), "--report_to", "none", "--train_batch_size", str(batch)]
     argv += ["--cached_latents", str(folder / "cached") if cached else "null"]
     config = parse(train_ncp_dpo.Config, argv)
-    pairs = data.open_pairs(config)
-    return config, pairs, cache.open_cache(config, models.describe(config), pairs)
+    pairs = open_pairs(config)
+    return config, pairs, cache.open_cache(config, describe(config), pairs)
 
 
 def step_times(folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
@@ -49,20 +54,20 @@ def step_times(folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
     runs: dict[str, Any] = {}
     for name in ("pixels", "cache"):
         config, pairs, opened = arm(folder, name == "cache", batch)
-        description = models.describe(config)
-        accelerator = training.make_accelerator(config)
-        m = models.load_models(config, description, accelerator)
-        optimizer = training.make_optimizer(config, m.lora_parameters)
+        description = describe(config)
+        accelerator = make_accelerator(config)
+        m = load_models(config, description, accelerator)
+        optimizer = make_optimizer(config, m.lora_parameters)
         unet, optimizer = accelerator.prepare(m.unet, optimizer)
         shape = description.latent_shape(config.resolution)
-        dataset = data.PairDataset(config, pairs, shape, description.num_timesteps, losers=True, cache=opened)
-        batches = iter(data.loader(dataset, config, 0, 0, 1))
+        dataset = PairDataset(config, pairs, shape, description.num_timesteps, images=2, cache=opened)
+        batches = iter(loader(dataset, config, 0, 0, 1))
         runs[name] = (config, m, unet, optimizer, accelerator, batches)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(steps + 1):
         for name, (config, m, unet, optimizer, accelerator, batches) in runs.items():
             start = time.perf_counter()
-            losses, _ = train_ncp_dpo.ncp_dpo(m, unet, training.to_device(next(batches), accelerator), config)
+            losses, _ = train_ncp_dpo.ncp_dpo(m, unet, to_device(next(batches), accelerator), config)
             accelerator.backward(losses.mean())
             optimizer.step()
             optimizer.zero_grad()
@@ -95,9 +100,9 @@ def loading(folder: Path, side: int, workers: int, rows: int) -> tuple[float, fl
     config, *_ = arm(folder, False, batch=8)
     config.dataset_name, config.resolution = str(photographs(folder, side, rows)), side
     config.dataloader_num_workers, config.max_train_steps = workers, rows // 8
-    pairs = data.open_pairs(config)
-    dataset = data.PairDataset(config, pairs, (4, side // 8, side // 8), 1000, losers=True)
-    batches = iter(data.loader(dataset, config, 0, 0, 1))
+    pairs = open_pairs(config)
+    dataset = PairDataset(config, pairs, (4, side // 8, side // 8), 1000, images=2)
+    batches = iter(loader(dataset, config, 0, 0, 1))
     next(batches)  # workers are up
     start, images = time.perf_counter(), 0
     for batch in batches:

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ncp.common.processes import end_with_parent, tied  # noqa: E402 (after the path)
+from ncp.common.processes import end_with_parent, tied
 
 ROWS, PROMPTS, ROWS_PER_FILE, ROWS_PER_GROUP = 959_040, 58_960, 1487, 1000
 COLUMNS = ["caption", "created_at", "has_label", "best_image_uid", "image_0_uid", "image_1_uid", "label_0", "label_1"]

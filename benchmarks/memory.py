@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import architectures  # noqa: E402 (after the path)
+import architectures
 
-import train_ncp_dpo  # noqa: E402
-from ncp import memory  # noqa: E402
-from ncp.common.config import parse  # noqa: E402
+import train_ncp_dpo
+from ncp.common.config import parse
+from ncp.training import memory
 
 SIZES = (16, 24, 40, 80, 140)  # GiB, as GPUs are sold
 CHOICES = {"nothing": [], "the encoder": ["encoder"], "all": ["all"]}

@@ -41,7 +41,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from ncp.common.processes import tied  # noqa: E402 (after the path)
+from ncp.common.processes import tied
+from ncp.training.engine import make_accelerator, make_optimizer
+from ncp.training.memory import Peak
+from ncp.training.meter import peak_memory_gib
+from ncp.training.models import assemble, load_pipe
+from ncp.training.pipeline import DTYPES, describe
 
 PHASES = ("conditions", "policy", "reference", "encoder", "backward", "optimizer")
 
@@ -59,7 +64,7 @@ class Arm:
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
         import train_ncp_dpo
-        from ncp import models, training
+        from ncp import models
         from ncp.common.config import parse
 
         kind, _, changes = name.partition(":")
@@ -68,17 +73,17 @@ class Arm:
         argv = [*argv, *(a for option in options for a in (f"--{option.partition('=')[0]}", option.partition("=")[2]))]
         config = parse(train_ncp_dpo.Config, argv)
         self.config = config = replace(config, cached_latents="-" if self.kind == "cached" else None, report_to="none")
-        self.accelerator = training.make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.device, self.torch, self.models, self.train = self.accelerator.device, torch, models, train_ncp_dpo
         set_seed(0)
-        dtype = models.DTYPES[config.mixed_precision]
+        dtype = DTYPES[config.mixed_precision]
         if model == "tiny":
             config.pretrained_model_name_or_path = str(ROOT / "tiny/model")
-            description = models.describe(config)
+            description = describe(config)
             where = {"dtype": dtype, "subfolder": "unet"}
             unet = UNet2DConditionModel.from_pretrained(ROOT / "tiny/model", **where).to(self.device)
             scheduler = DDPMScheduler.from_pretrained(ROOT / "tiny/model", subfolder="scheduler")
-            pipe = None if self.kind == "cached" else models.load_pipe(config, description, self.accelerator)
+            pipe = None if self.kind == "cached" else load_pipe(config, description, self.accelerator)
         else:
             description = architectures.description(model)
             unet, scheduler = architectures.unet(model, dtype, self.device), architectures.scheduler()
@@ -90,8 +95,8 @@ class Arm:
             if config.gradient_checkpointing:
                 self.copy.enable_gradient_checkpointing()
             self.copy_encoder = models.DownBlockEncoder(self.copy, [len(self.copy.down_blocks) - 1])
-        self.m = models.assemble(config, description, unet, scheduler, pipe, self.accelerator)
-        self.optimizer = training.make_optimizer(config, self.m.lora_parameters)
+        self.m = assemble(config, description, unet, scheduler, pipe, self.accelerator)
+        self.optimizer = make_optimizer(config, self.m.lora_parameters)
         self.unet, self.optimizer = self.accelerator.prepare(self.m.unet, self.optimizer)
         self.times: dict[str, float] = {}
         self._watch(self.unet, "policy")
@@ -206,13 +211,11 @@ class Arm:
         return counter.get_total_flops()
 
     def peak_memory_gib(self) -> float:
-        from ncp.training import peak_memory_gib
 
         return peak_memory_gib(self.device)
 
     def tensors_gib(self) -> float:
         """All parameters and optimizer state, each storage once, and the most that a step has beside them."""
-        from ncp.memory import Peak
 
         modules = [self.m.unet, self.m.reference, self.m.encoder, getattr(self, "copy", None)]
         if self.m.pipe is not None:
@@ -366,6 +369,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from ncp.common.errors import run
+    from ncp.common.errors import run_program
 
-    run(main)
+    run_program(main)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 Features = torch.Tensor | tuple[torch.Tensor, ...]
 
-# Of `displacement` in float16, in latent standard deviations. Measured on the embedded and on random U-Nets in the
+# Of `Displacement` in float16, in latent standard deviations. Measured on the embedded and on random U-Nets in the
 # layouts of SD 1.5 and SDXL (docs/precision.md): shorter, rounding shows; longer, f's curvature does.
 STEP_LENGTH = 0.016
 
@@ -167,25 +169,19 @@ def normalize_block(block: int | str, count: int) -> int | str:
     raise ValueError(f"encoder block {block!r}: expected 'last', 'mid' or an index from 0 to {count - 1}")
 
 
-def displacement(
-    f: Callable[[torch.Tensor], Features],
-    x: Sequence[torch.Tensor],
-    target: torch.Tensor,
-    secant: float | str = "auto",
-    length: float = STEP_LENGTH,
-) -> list[Features]:
-    """f(x) - f(target), float32, for each x (B, C, H, W) a small step d = x - target away; gradient to x alone.
+@dataclass
+class Displacement:
+    """f(x) - f(target), float32, for x (B, C, H, W) a small step d = x - target away; gradient to x alone.
 
-    secant 1 is eq. 13 as printed, and exact in float32. One DDPM step with the predicted and with the true noise differ
-    by 0.4% to 2% of the noise error, which is at or below the rounding of half precision. "auto" is for an f in half
-    precision. It takes the difference over a longer step about the same midpoint, and the gradient at x itself:
+    secant "1" is eq. 13 as printed, and exact in float32. One DDPM step with the predicted and with the true noise
+    differ by 0.4% to 2% of the noise error, which is at or below the rounding of half precision. "auto" is for an f in
+    half precision. It takes the difference over a longer step about the same midpoint, and the gradient at x itself:
 
         value      (f(m + s d / 2) - f(m - s d / 2)) / s,   m = target + d / 2,   s = length / rms(d) per sample
         gradient   of f at x
 
-    Several x form a chain: the last is compared with the target, each other one with the next, and the differences add
-    up. So policy and reference, given in this order, differ by what was measured between them, to a few percent of
-    that however small it is, and not at all if they are equal.
+    near: a point and its displacement, from which "auto" then measures. So policy and reference differ by what was
+    measured between them, to a few percent of that however small it is, and not at all if they are equal.
 
     Even orders of f's curvature cancel in the value. Where d is that long already (large timestep offsets, x0), s = 1,
     and it is eq. 13. A number s above 1 is the one-sided secant (f(target + s d) - f(target)) / s, with the gradient at
@@ -193,20 +189,28 @@ def displacement(
 
     Every call of f has B rows: in one batch they would round differently, and equal x would not give equal results.
     """
-    if secant == "auto":
-        moved: list[Features] = []
-        for xi, base in reversed(list(zip(x, [*x[1:], target], strict=True))):
+
+    f: Callable[[torch.Tensor], Features]
+    target: torch.Tensor
+    secant: str = "auto"
+    length: float = STEP_LENGTH
+
+    @cached_property
+    def _f_target(self) -> Features:
+        with torch.no_grad():
+            return self.f(self.target)
+
+    def __call__(self, x: torch.Tensor, near: tuple[torch.Tensor, Features] | None = None) -> Features:
+        if self.secant == "auto":
+            base, known = near or (self.target, None)
             with torch.no_grad():
-                value = _central(f, xi, base, length)
-                value = _each(torch.add, value, moved[0]) if moved else value
-            moved.insert(0, _each(_value_and_gradient, value, f(xi)) if xi.requires_grad else value)
-        return moved
-    s = float(secant)
-    with torch.no_grad():
-        origin = f(target)
-    # The value of target + s d with d's own gradient: scaled by s it would overflow in float16.
-    ahead = [target + s * (xi - target).detach() + (xi - xi.detach()) if s != 1 else xi for xi in x]
-    return [_each(lambda p, q: _value_and_gradient((p.detach() - q) / s, p), f(a), origin) for a in ahead]
+                value = _central(self.f, x, base, self.length)
+                value = value if known is None else _each(torch.add, value, known)
+            return _each(_value_and_gradient, value, self.f(x)) if x.requires_grad else value
+        s = float(self.secant)
+        # The value of target + s d with d's own gradient: scaled by s it would overflow in float16.
+        ahead = self.target + s * (x - self.target).detach() + (x - x.detach()) if s != 1 else x
+        return _each(lambda p, q: _value_and_gradient((p.detach() - q) / s, p), self.f(ahead), self._f_target)
 
 
 def _central(f: Callable[[torch.Tensor], Features], x: torch.Tensor, base: torch.Tensor, length: float) -> Features:

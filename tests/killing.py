@@ -37,8 +37,9 @@ import cache_latents
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import checkpoints, guard, memory, training
-from ncp.common.errors import run
+from ncp.common.errors import run_program as run
+from ncp.training import checkpoints, guard, memory
+from ncp.training.weights import WEIGHTS, save_lora
 
 # 5 steps of 2 accumulated micro-batches; checkpoints and log entries fall on different steps; 8-bit state; an average.
 RUN = {
@@ -145,16 +146,16 @@ class KillPoints:
             return write_bytes(path, data)
 
         Path.write_bytes = in_two_halves
-        save_lora = checkpoints.save_lora
+        save_lora = save_lora
 
         def half_of_lora(models, folder):
             save_lora(models, folder)
-            file = folder / checkpoints.WEIGHTS
+            file = folder / WEIGHTS
             if self.count + 1 == self.at:
                 os.truncate(file, file.stat().st_size // 2)
             self.reach(f"half of {file.name}")
 
-        checkpoints.save_lora = training.save_lora = half_of_lora
+        save_lora = training.save_lora = half_of_lora
 
         def audit(event, args):
             if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and args:
@@ -181,7 +182,7 @@ def outcome(out: Path, log: Path) -> tuple[dict, dict]:
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         figures.setdefault(entry["step"], {}).update(entry)
-    return {k: v.numpy().tobytes() for k, v in load_file(out / checkpoints.WEIGHTS).items()}, figures
+    return {k: v.numpy().tobytes() for k, v in load_file(out / WEIGHTS).items()}, figures
 
 
 def main() -> None:

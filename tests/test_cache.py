@@ -14,9 +14,16 @@ from test_scripts import arguments, launch, run_here
 
 import cache_latents
 import train_ncp_dpo
-from ncp import cache, data, models, training
 from ncp.common.config import parse
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError
+from ncp.common.errors import run_program as run
+from ncp.training import cache
+from ncp.training.engine import make_accelerator
+from ncp.training.inputs import conditions, embed_prompts, latents, vae_moments
+from ncp.training.models import load_models
+from ncp.training.pairs import open_pairs
+from ncp.training.pipeline import describe
+from ncp.training.samples import PairDataset, loader
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +66,12 @@ def first_batches(argv: list[str], count: int, losers: bool = True):
     for state in (AcceleratorState, PartialState):
         state._reset_state()
     config = parse(train_ncp_dpo.Config, argv)
-    description, pairs = models.describe(config), data.open_pairs(config)
+    description, pairs = describe(config), open_pairs(config)
     opened = cache.open_cache(config, description, pairs)
     shape = description.latent_shape(config.resolution)
-    dataset = data.PairDataset(config, pairs, shape, description.num_timesteps, losers, opened)
-    m = models.load_models(config, description, training.make_accelerator(config))
-    batches = iter(data.loader(dataset, config, 0, 0, 1))
+    dataset = PairDataset(config, pairs, shape, description.num_timesteps, losers, opened)
+    m = load_models(config, description, make_accelerator(config))
+    batches = iter(loader(dataset, config, 0, 0, 1))
     return config, m, [next(batches) for _ in range(count)]
 
 
@@ -85,7 +92,7 @@ def test_cache_and_pixels_give_the_same_batches_and_losses(assets, tmp_path, mod
         for batch in batches:
             with torch.no_grad():
                 losses, _ = train_ncp_dpo.ncp_dpo(m, m.unet, batch, config)
-            seen[-1].append((models.latents(m, batch), models.conditions(m, batch), batch, losses))
+            seen[-1].append((latents(m, batch), conditions(m, batch), batch, losses))
     for (x0, c, batch, losses), (x0_, c_, batch_, losses_) in zip(*seen, strict=True):
         torch.testing.assert_close(x0_, x0, rtol=2**-11, atol=1e-3)
         torch.testing.assert_close(c_, c, rtol=2**-10, atol=1e-3)
@@ -134,7 +141,7 @@ def test_both_flips_serve_a_run_without_flips(assets, tmp_path):
     cached = ["--cached_latents", str(assets / "cached-sd"), "--random_flip", "false"]
     _, m, (batch,) = first_batches(arguments(assets, tmp_path / "o", *cached), 1)
     _, pixel_m, (pixels,) = first_batches(arguments(assets, tmp_path / "o", "--random_flip", "false"), 1)
-    torch.testing.assert_close(models.latents(m, batch), models.latents(pixel_m, pixels), rtol=2**-11, atol=1e-3)
+    torch.testing.assert_close(latents(m, batch), latents(pixel_m, pixels), rtol=2**-11, atol=1e-3)
 
 
 # ---------------------------------------------------------------- making it
@@ -142,7 +149,7 @@ def test_both_flips_serve_a_run_without_flips(assets, tmp_path):
 
 def test_each_image_and_prompt_is_encoded_once(assets, tmp_path, monkeypatch):
     encoded = {"images": 0, "prompts": 0}
-    vae_moments, embed = models.vae_moments, models.embed
+    vae_moments, embed = vae_moments, embed_prompts
 
     def count_images(vae, pixels):
         encoded["images"] += len(pixels)
@@ -233,7 +240,7 @@ def test_the_sizes_announced_are_those_written(assets, tmp_path, capsys):
     for model in ("sd", "xl"):
         make(assets, tmp_path / model, model=model)
         config = parse(cache_latents.Config, arguments(assets, tmp_path / "o", model=model))
-        sizes = cache.sizes(config, models.describe(config))
+        sizes = cache.sizes(config, describe(config))
         for kind, count in {"images": 16, "prompts": 9}.items():
             tensors = load_file(tmp_path / model / f"{kind}-00000.safetensors")
             assert sum(t.nbytes for t in tensors.values()) == count * sizes[kind]
@@ -278,7 +285,7 @@ REFUSED = {
         lambda a, t: altered(
             a / "cached-sd",
             t,
-            lambda c: cache.write_manifest(c, no_flips(cache.read_manifest(c))),
+            lambda c: cache.write_cache_manifest(c, no_flips(cache.read_cache_manifest(c))),
         ),
         "was made with random_flip False (this run: True)",
     ),

@@ -13,7 +13,8 @@ import train_ncp_dpo
 import train_ncp_sft
 from evaluation import protocol
 from ncp.common.config import option, parse, save
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError
+from ncp.common.errors import run_program as run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from ncp.data import DROPPED, PairDataset, collate, decisive, decode, hold_out, loader, open_pairs, resize_crop_flip
 from PIL import Image
 from pipelines import jpeg, save_dataset
 from test_filter_pickapic import SCHEMA, filtered, random_rows, row, write_shards
@@ -19,6 +18,9 @@ from ncp.common.config import parse
 from ncp.common.errors import UserError
 from ncp.common.judgements import read_judgements
 from ncp.common.splits import local_files
+from ncp.training.images import decode_image, resize_crop_flip
+from ncp.training.pairs import DROPPED, decisive, hold_out, open_pairs
+from ncp.training.samples import PairDataset, collate, loader
 from train_ncp_dpo import Config
 
 ROOT = Path(__file__).parents[1]
@@ -302,11 +304,11 @@ def test_decode_handles_what_files_hold():
         return buffer.getvalue()
 
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert decode(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
-    assert decode(encoded(Image.new("CMYK", (4, 4)), "JPEG")).mode == "RGB"
+    assert decode_image(encoded(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(Image.new("CMYK", (4, 4)), "JPEG")).mode == "RGB"
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate a quarter turn to see it upright
-    assert decode(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (4, 6)
+    assert decode_image(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (4, 6)
 
 
 def test_a_corrupt_image_is_named_or_skipped_and_counted(tmp_path):

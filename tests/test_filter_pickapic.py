@@ -24,7 +24,8 @@ import train_ncp_dpo
 import train_ncp_sft
 from ncp import data
 from ncp.common.config import parse
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError
+from ncp.common.errors import run_program as run
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = pa.schema(

@@ -15,9 +15,10 @@ from PIL import Image
 from pipelines import jpeg, save_dataset, save_pipeline
 from test_scripts import ROOT, SCRIPTS, arguments, run_here
 
-from ncp import data, models
 from ncp.common.config import parse
-from ncp.common.errors import Stopped, UserError, run
+from ncp.common.errors import Stopped, UserError
+from ncp.common.errors import run_program as run
+from ncp.training.images import Unreadable, decode_image, resize_crop_flip
 
 TOKEN = "hf_" + "a1B2" * 9
 
@@ -193,7 +194,7 @@ GOOD = {
 @pytest.mark.parametrize("case", GOOD)
 def test_unusual_images_mean_what_they_show(case):
     content, colour = GOOD[case]
-    crop = data.resize_crop_flip(data.decode(content), 32, np.array([0.5, 0.5]), True)
+    crop = resize_crop_flip(decode_image(content), 32, np.array([0.5, 0.5]), True)
     assert crop.pixels.shape == (32, 32, 3)
     assert np.abs(crop.pixels.astype(int) - colour).max() <= 2
 
@@ -216,8 +217,8 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_picture_is_unreadable(case):
-    with pytest.raises(data.Unreadable) as error:
-        data.decode(BAD[case])
+    with pytest.raises(Unreadable) as error:
+        decode_image(BAD[case])
     assert "\n" not in str(error.value) and " at 0x" not in str(error.value)
 
 
@@ -231,10 +232,10 @@ def test_damaged_bytes_are_a_picture_or_unreadable():
         if chance.random() < 0.3:
             del content[chance.randrange(len(content)) :]
         try:
-            image = data.decode(bytes(content))
+            image = decode_image(bytes(content))
             assert image.mode == "RGB"
             outcomes[0] += 1
-        except data.Unreadable:
+        except Unreadable:
             outcomes[1] += 1
     assert min(outcomes) > 50, outcomes
 

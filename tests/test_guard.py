@@ -21,9 +21,9 @@ from support import started, wait_for
 from test_scripts import ROOT, SCRIPTS, arguments, run_here
 
 import train_ncp_dpo
-from ncp import checkpoints, data, guard, training
 from ncp.common.config import parse
 from ncp.common.errors import Stopped, UserError
+from ncp.training import guard
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(assets, tmp_path, monkey
     steps = altered(kind, lambda call, losses: harm(losses) if call == 2 else losses)
     out = tmp_path / "out"
     run_here(kind, arguments(assets, out, *extra), monkeypatch, **steps)
-    before, after, last = (load_file(out / f"checkpoint-{n}" / checkpoints.WEIGHTS) for n in (1, 2, 3))
+    before, after, last = (load_file(out / f"checkpoint-{n}" / WEIGHTS) for n in (1, 2, 3))
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert any(not torch.equal(after[k], last[k]) for k in after) and all(v.isfinite().all() for v in last.values())
     states = [torch.load(out / f"checkpoint-{n}" / "optimizer.pt", weights_only=True) for n in (1, 2, 3)]
@@ -72,8 +72,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(assets, tmp_path, monkey
     assert torch.equal(shadows[0], shadows[1]) and not torch.equal(shadows[1], shadows[2])
     assert states[1]["ema"]["optimization_step"] == 1
     (entry,) = map(json.loads, (out / "skipped_steps.jsonl").read_text().splitlines())
-    dataset = data.open_pairs(parse(SCRIPTS[kind].Config, arguments(assets, out)))
-    order = data.PairDataset(parse(SCRIPTS[kind].Config, arguments(assets, out)), dataset, (4, 16, 16), 1000, True)
+    dataset = open_pairs(parse(SCRIPTS[kind].Config, arguments(assets, out)))
+    order = PairDataset(parse(SCRIPTS[kind].Config, arguments(assets, out)), dataset, (4, 16, 16), 1000, True)
     batch = [dataset.name(order.pair_index(n)) for n in (2, 3)]  # positions of step 2
     suspects = batch[1:] if harm is nan_loss else batch
     assert entry["step"] == 2 and [{k: p[k] for k in p if k != "loss"} for p in entry["pairs"]] == suspects
@@ -88,7 +88,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(assets, tmp_path, monkeypatch):
     with pytest.raises(Stopped, match=r"at step 5: 2 steps in a row .* last good checkpoint: .*checkpoint-4;") as stop:
         run_here("dpo", arguments(assets, tmp_path / "out", *extra), monkeypatch, **steps)
     assert stop.value.status == guard.DIVERGED
-    assert not (tmp_path / "out" / checkpoints.WEIGHTS).exists()
+    assert not (tmp_path / "out" / WEIGHTS).exists()
     for file in (tmp_path / "out").glob("checkpoint-*/*.safetensors"):
         assert all(v.isfinite().all() for v in load_file(file).values())
 
@@ -120,7 +120,7 @@ def test_fp16_lowers_its_scale_and_is_not_counted_while_it_can(assets, tmp_path,
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     (tmp_path / "out").mkdir()
     config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path / "out", "--max_skipped_steps", "2"))
-    dataset = data.PairDataset(config, data.open_pairs(config), (4, 16, 16), 1000, True)
+    dataset = PairDataset(config, open_pairs(config), (4, 16, 16), 1000, True)
     watched, weight = guard.Guard(config, accelerator, dataset), torch.nn.Parameter(torch.zeros(1))
     optimizer, scales = torch.optim.SGD([weight], lr=1.0), []
     for step in range(1, 6):
@@ -157,7 +157,7 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_to_the_same_end(assets, 
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--resume_from_checkpoint", "latest"), monkeypatch)
-    whole, resumed = (load_file(tmp_path / n / checkpoints.WEIGHTS) for n in ("whole", "out"))
+    whole, resumed = (load_file(tmp_path / n / WEIGHTS) for n in ("whole", "out"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
@@ -189,9 +189,9 @@ def test_a_signal_while_pictures_are_drawn_is_heeded_at_once(assets, tmp_path, m
         run_here(kind, arguments(assets, tmp_path / "out", *extra), monkeypatch)
     monkeypatch.undo()
     assert stop.value.status == guard.INTERRUPTED and len(calls) == call
-    assert checkpoints.checkpoint_fault(tmp_path / "out" / f"checkpoint-{step}") is None
+    assert fault(tmp_path / "out" / f"checkpoint-{step}") is None
     names = sorted(p.name for p in (tmp_path / "out").glob("validation/*"))
-    assert names == ["step-000001.png"][: step - 1] and not (tmp_path / "out" / checkpoints.WEIGHTS).exists()
+    assert names == ["step-000001.png"][: step - 1] and not (tmp_path / "out" / WEIGHTS).exists()
     run_here(kind, arguments(assets, tmp_path / "out", *extra, "--resume_from_checkpoint", "auto"), monkeypatch)
     same_weights(tmp_path)
     for name in ("step-000001.png", "step-000002.png"):
@@ -199,7 +199,7 @@ def test_a_signal_while_pictures_are_drawn_is_heeded_at_once(assets, tmp_path, m
 
 
 def same_weights(folder) -> None:
-    whole, resumed = (load_file(folder / n / checkpoints.WEIGHTS) for n in ("whole", "out"))
+    whole, resumed = (load_file(folder / n / WEIGHTS) for n in ("whole", "out"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
@@ -227,10 +227,10 @@ def test_a_signal_while_held_out_pairs_are_measured_is_heeded_at_once(assets, tm
         go("out", **altered("dpo", send))
     monkeypatch.undo()
     assert calls == [1, 2, 3, 4, 5] and "heldout_winner_drift" not in logged["out"][1]
-    assert checkpoints.read_manifest(tmp_path / "out" / "checkpoint-1")["owes_look"]
+    assert read_manifest(tmp_path / "out" / "checkpoint-1")["owes_look"]
     go("out", "--resume_from_checkpoint", "latest")
     same_weights(tmp_path)
-    assert [checkpoints.read_manifest(tmp_path / "out" / f"checkpoint-{n}")["owes_look"] for n in (2, 3)] == [False] * 2
+    assert [read_manifest(tmp_path / "out" / f"checkpoint-{n}")["owes_look"] for n in (2, 3)] == [False] * 2
     for step in (1, 2, 3):
         looks = [{k: v for k, v in logged[n][step].items() if k.startswith("heldout")} for n in logged]
         assert len(looks[0]) == 2 and looks[0] == looks[1]
@@ -249,7 +249,7 @@ def test_a_run_that_is_started_too_late_for_its_pictures_draws_them_the_next_tim
 WAITING = """
 import os, signal, train_ncp_sft as script
 from ncp import guard, training
-from ncp.common.errors import run
+from ncp.common.errors import run_program as run
 agree, calls, validate = guard.Guard._agree, [], training.validate
 def draw(*args):
     guard.Guard._agree = count
@@ -275,13 +275,17 @@ def test_a_signal_to_a_process_that_waits_for_pictures_is_heeded_by_all(assets, 
         said = [r.communicate(timeout=300) for r in ranks]
     assert [r.returncode for r in ranks] == [guard.INTERRUPTED] * 2, said
     assert "stopped by SIGUSR1 at step 1;" in said[0][1] and all("agreed 3" in out for out, _ in said), said
-    assert checkpoints.newest(tmp_path / "out")[0].name == "checkpoint-1"
+    assert newest(tmp_path / "out")[0].name == "checkpoint-1"
 
 
 # Two processes as srun would start them: rank 1 gets a NaN at step 2, and a signal in step 3 if argv says so.
 RANK = """
 import gc, os, sys, signal, torch, train_ncp_dpo as script
-from ncp.common.errors import run
+from ncp.common.errors import run_program as run
+from ncp.training.checkpoints import fault, newest, read_manifest
+from ncp.training.pairs import open_pairs
+from ncp.training.samples import PairDataset
+from ncp.training.weights import WEIGHTS
 original, calls, leave = script.ncp_dpo, [], torch.distributed.destroy_process_group
 def step(m, unet, batch, config):
     losses, metrics = original(m, unet, batch, config)
@@ -329,7 +333,7 @@ def test_all_processes_skip_and_stop_together(assets, tmp_path):
     assert "effective batch" in said[0][0] and not said[1][0].strip()  # the main process alone talks
     (entry,) = map(json.loads, (tmp_path / "out" / "skipped_steps.jsonl").read_text().splitlines())
     assert entry["step"] == 2 and len(entry["pairs"]) == 1
-    one, two, three = (load_file(tmp_path / "out" / f"checkpoint-{n}" / checkpoints.WEIGHTS) for n in (1, 2, 3))
+    one, two, three = (load_file(tmp_path / "out" / f"checkpoint-{n}" / WEIGHTS) for n in (1, 2, 3))
     assert all(torch.equal(one[k], two[k]) for k in one) and any(not torch.equal(two[k], three[k]) for k in two)
 
 
@@ -337,7 +341,7 @@ def test_all_processes_skip_and_stop_together(assets, tmp_path):
 def test_a_launched_run_leaves_with_its_status_and_a_second_signal_ends_it_at_once(assets, tmp_path, again):
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "100000", "--checkpointing_steps", "3")
     argv += ["--dataloader_num_workers", "2"]
-    slow = "import time, train_ncp_dpo as s\nfrom ncp.config import run\noriginal = s.ncp_dpo\n"
+    slow = "import time, train_ncp_dpo as s\nfrom ncp.common.errors import run_program as run\noriginal = s.ncp_dpo\n"
     slow += f"s.ncp_dpo = lambda *a: (time.sleep({20 if again else 0}) if [*__import__('pathlib').Path(a[3].output_dir)"
     slow += ".glob('checkpoint-*')] else None, original(*a))[1]\nrun(s.main)"
     with ranks_of(slow, argv, count=1) as (process,):
@@ -356,7 +360,7 @@ def test_a_launched_run_leaves_with_its_status_and_a_second_signal_ends_it_at_on
         assert process.returncode == -signal.SIGTERM and took < 5 and not lines
     else:
         assert process.returncode == guard.INTERRUPTED and len(lines) == 1 and "by SIGTERM" in lines[0]
-    checkpoint, skipped = checkpoints.newest(tmp_path / "out")
+    checkpoint, skipped = newest(tmp_path / "out")
     assert checkpoint is not None and not skipped
 
 
@@ -366,8 +370,8 @@ def test_a_launched_run_leaves_with_its_status_and_a_second_signal_ends_it_at_on
 def test_held_out_pairs_never_train_and_are_the_same_for_any_seed(assets, tmp_path):
     def make(*extra):
         config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, *extra))
-        pairs = data.open_pairs(config)
-        return pairs, data.PairDataset(config, pairs, (4, 16, 16), 1000, losers=True)
+        pairs = open_pairs(config)
+        return pairs, PairDataset(config, pairs, (4, 16, 16), 1000, losers=True)
 
     pairs, dataset = make("--heldout_pairs", "3")
     other, _ = make("--heldout_pairs", "3", "--seed", "7")
@@ -415,5 +419,5 @@ def test_drift_is_zero_at_the_reference_and_does_not_disturb_the_run(assets, tmp
     for steps in ("1", "100"):
         more = ["--heldout_pairs", "5", "--heldout_steps", steps]
         run_here(kind, arguments(assets, tmp_path / steps, *more), monkeypatch)
-        files.append(load_file(tmp_path / steps / checkpoints.WEIGHTS))
+        files.append(load_file(tmp_path / steps / WEIGHTS))
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])

@@ -10,10 +10,10 @@ from pipelines import save_dataset, save_pipeline
 from support import ROOT, python, started, wait_for
 from test_scripts import arguments
 
-from ncp import lock
+from ncp.common import lock
 from ncp.common.errors import UserError
 
-HOLD = "import sys, time; from pathlib import Path; from ncp import lock; lock.hold(Path(sys.argv[1]), *sys.argv[2:]); "
+HOLD = "import sys, time; from pathlib import Path; from ncp.common import lock; lock.hold(Path(sys.argv[1]), *sys.argv[2:]); "
 HOLD += "print('held', flush=True); time.sleep(3600)"
 
 
@@ -60,7 +60,7 @@ def test_what_the_lock_alone_has_made_goes_with_it(tmp_path):
 
 
 def test_a_forked_worker_neither_keeps_the_lock_nor_gives_it_up(tmp_path):
-    fork = "import os; from pathlib import Path; from ncp import lock; lock.hold(Path('{}')); pid = os.fork()\n"
+    fork = "import os; from pathlib import Path; from ncp.common import lock; lock.hold(Path('{}')); pid = os.fork()\n"
     fork += "if not pid: {}\n"
     fork += "os.waitpid(pid, 0); {}"
     # The child ends as any Python process does: its parent holds the folder still.

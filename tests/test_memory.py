@@ -7,8 +7,10 @@ from test_scripts import loaded
 
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import memory, models
 from ncp.common.config import parse
+from ncp.training import memory
+from ncp.training.inputs import embed_prompts, vae_moments
+from ncp.training.pipeline import describe
 
 ARGUMENTS = ["--config", "configs/tiny_ncp_dpo.yaml", "--dataset_name", "tiny/data", "--report_to", "none"]
 SFT = ["--config", "configs/tiny_ncp_sft.yaml", *ARGUMENTS[2:]]
@@ -28,11 +30,11 @@ SFT = ["--config", "configs/tiny_ncp_sft.yaml", *ARGUMENTS[2:]]
 def test_what_a_step_holds_is_what_was_foreseen(script, extra):
     module, arguments = {"dpo": (train_ncp_dpo, ARGUMENTS), "sft": (train_ncp_sft, SFT)}[script]
     config = parse(module.Config, [*arguments, "--train_batch_size", "8", *extra])
-    description = models.describe(config)
+    description = describe(config)
     foreseen = memory.estimate(config, description, 2 if script == "dpo" else 1, cuda=False)
     m, batch = loaded(config, losers=script == "dpo")
-    batch = {**batch, "moments": models.vae_moments(m.pipe.vae, batch["pixels"])}
-    text, _ = models.embed(m.pipe, batch["prompt"])
+    batch = {**batch, "moments": vae_moments(m.pipe.vae, batch["pixels"])}
+    text, _ = embed_prompts(m.pipe, batch["prompt"])
     m.pipe, batch["text"] = None, text  # as with a cache: the step alone is measured
     step = getattr(module, f"ncp_{script}")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
@@ -49,7 +51,7 @@ def test_what_a_step_holds_is_what_was_foreseen(script, extra):
 
 def test_inputs_are_the_encoders_weights_and_more_without_a_cache():
     config = parse(train_ncp_dpo.Config, ARGUMENTS)
-    description = models.describe(config)
+    description = describe(config)
     m, _ = loaded(config, losers=True)
     weights = memory.size_of([*m.pipe.vae.parameters(), *m.pipe.text_encoder.parameters()])
     assert weights < memory.estimate(config, description, 2).inputs < weights + (1 << 30)
@@ -59,7 +61,7 @@ def test_inputs_are_the_encoders_weights_and_more_without_a_cache():
 
 def test_a_gpu_that_is_too_small_is_said_with_advice(monkeypatch, capsys):
     config = parse(train_ncp_dpo.Config, ARGUMENTS)
-    description = models.describe(config)
+    description = describe(config)
 
     class Accelerator:
         device, is_main_process, print = torch.device("cuda"), True, staticmethod(print)

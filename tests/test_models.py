@@ -28,9 +28,15 @@ from torch.utils._pytree import tree_leaves
 
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import cache, data, memory, models
 from ncp.common.config import parse
 from ncp.common.errors import UserError
+from ncp.training import cache, memory
+from ncp.training.drawing import decode_latents, draw
+from ncp.training.inputs import VAE_ELEMENTS, conditions, embed_prompts, images_per_pass, vae_moments
+from ncp.training.models import checkpoint_blocks, compile_blocks, load_pipe
+from ncp.training.pairs import open_pairs
+from ncp.training.pipeline import describe, scheduler_like
+from ncp.training.samples import PairDataset
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", broken)
     model = unet()
-    models.compile_blocks([model], Printer())
+    compile_blocks([model], Printer())
     assert capsys.readouterr().out == (
         "torch_compile: no working compiler here, going on without (no C++ compiler found)\n"
     )
@@ -111,18 +117,18 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
 
 def test_checkpointed_blocks_are_the_named_ones():
     model = unet()
-    models.checkpoint_blocks(model, ["down0", "mid", "encoder"])
+    checkpoint_blocks(model, ["down0", "mid", "encoder"])
     flags = {n: m.gradient_checkpointing for n, m in model.named_modules() if hasattr(m, "gradient_checkpointing")}
     chosen = {n for n, flag in flags.items() if flag}
     assert chosen == {n for n in flags if n.startswith(("down_blocks.0", "mid_block"))} and len(chosen) >= 4
-    models.checkpoint_blocks(model, ["all"])
+    checkpoint_blocks(model, ["all"])
     assert all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 def test_an_unknown_block_is_refused(assets, tmp_path):
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, "--checkpointed_blocks", "up9"))
     with pytest.raises(UserError, match="checkpointed_blocks: 'up9' is none of all, down0, down1, down2, encoder"):
-        models.describe(config)
+        describe(config)
 
 
 # ---------------------------------------------------------------- schedulers
@@ -160,7 +166,7 @@ def test_schedulers_take_no_default_that_is_not_stable_diffusions(tmp_path, case
     abar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train, sample = (models.scheduler_like(kind, source) for kind in (DDPMScheduler, DDIMScheduler))
+        train, sample = (scheduler_like(kind, source) for kind in (DDPMScheduler, DDIMScheduler))
     for s in (train, sample):
         torch.testing.assert_close(s.alphas_cumprod.double(), abar, rtol=1e-5, atol=0)
         assert (s.config.clip_sample, s.config.thresholding, s.config.steps_offset) == (False, False, 1)
@@ -174,12 +180,12 @@ def test_schedulers_take_no_default_that_is_not_stable_diffusions(tmp_path, case
 def test_what_a_scheduler_config_states_is_kept():
     stated = {**SD15, "timestep_spacing": "trailing", "prediction_type": "v_prediction", "thresholding": True}
     stated |= {"set_alpha_to_one": True, "variance_type": "fixed_large", "rescale_betas_zero_snr": True}
-    sample, train = (models.scheduler_like(kind, stated) for kind in (DDIMScheduler, DDPMScheduler))
+    sample, train = (scheduler_like(kind, stated) for kind in (DDIMScheduler, DDPMScheduler))
     for key in ("timestep_spacing", "prediction_type", "thresholding", "rescale_betas_zero_snr"):
         assert sample.config[key] == train.config[key] == stated[key]
     assert sample.config.set_alpha_to_one is True and train.config.variance_type == "fixed_large"
     with pytest.raises(UserError, match="zero terminal SNR, which PNDMScheduler cannot sample"):
-        models.scheduler_like(PNDMScheduler, stated)
+        scheduler_like(PNDMScheduler, stated)
 
 
 @pytest.mark.parametrize(("model", "case"), [("xl", "PNDM"), ("sd", "DPM-Solver++ without an offset")])
@@ -191,7 +197,7 @@ def test_validation_pictures_are_stable_diffusions_ddim_without_a_warning(assets
         warnings.simplefilter("error", FutureWarning)
         m, _ = loaded(config, losers=False)
         settings = {"resolution": SIDE, "num_inference_steps": 4, "guidance_scale": 3.0, "accelerator": Accelerator()}
-        (picture,) = models.draw(m, m.pipe, m.reference, ["a cat"], [7], **settings)
+        (picture,) = draw(m, m.pipe, m.reference, ["a cat"], [7], **settings)
     pipe = DiffusionPipeline.from_pretrained(assets / model)
     spacing = "leading" if case == "PNDM" else "linspace"
     pipe.scheduler = DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False, timestep_spacing=spacing)
@@ -249,18 +255,18 @@ def sd_vae() -> AutoencoderKL:
 @pytest.mark.parametrize(("side", "images"), [(512, 4), (1024, 1)])
 def test_a_vae_pass_stays_far_below_two_to_the_31_elements(sd_vae, side, images):
     """What the maps of a real pass have, shapes only; the attention of SDXL's 16,384 tokens counted as a matrix."""
-    assert models.images_per_pass(sd_vae.config, side) == images
+    assert images_per_pass(sd_vae.config, side) == images
     pixels = torch.empty(2 * images + 1, 3, side, side, dtype=torch.uint8, device="meta")
     with torch.no_grad():
         with Largest() as one:
             sd_vae.encode(pixels[:1].float())
             sd_vae.decode(torch.empty(1, 4, side // 8, side // 8, device="meta"))
         with Largest() as largest:
-            moments = models.vae_moments(sd_vae, pixels)
+            moments = vae_moments(sd_vae, pixels)
     assert moments.shape == (2 * images + 1, 8, side // 8, side // 8)
-    assert largest.elements <= models.VAE_ELEMENTS == 2**28 and images * one.elements <= models.VAE_ELEMENTS
-    assert (images + 1) * one.elements > models.VAE_ELEMENTS  # none is smaller than it need be
-    assert models.images_per_pass(sd_vae.config, 16384) == 1
+    assert largest.elements <= VAE_ELEMENTS == 2**28 and images * one.elements <= VAE_ELEMENTS
+    assert (images + 1) * one.elements > VAE_ELEMENTS  # none is smaller than it need be
+    assert images_per_pass(sd_vae.config, 16384) == 1
 
 
 def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, monkeypatch):
@@ -270,19 +276,19 @@ def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, mon
     pixels = torch.randint(0, 256, (7, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     z = torch.randn(7, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(1))
     prompts = [f"prompt {i}" for i in range(7)]
-    singly = [torch.cat([models.vae_moments(vae, p[None]) for p in pixels])]
-    singly += [torch.cat(parts) for parts in zip(*(models.embed(m.pipe, [p]) for p in prompts), strict=True)]
-    pictures = [models.decode(vae, x[None])[0] for x in z]
+    singly = [torch.cat([vae_moments(vae, p[None]) for p in pixels])]
+    singly += [torch.cat(parts) for parts in zip(*(embed_prompts(m.pipe, [p]) for p in prompts), strict=True)]
+    pictures = [decode_latents(vae, x[None])[0] for x in z]
     # The largest map of this VAE is its attention's, 16 x 16 tokens squared: room for three images.
     monkeypatch.setattr(models, "VAE_ELEMENTS", 3 * (SIDE // 2) ** 4)
     monkeypatch.setattr(models, "PROMPTS_PER_PASS", 3)
     for module in (vae.encoder, vae.decoder, m.pipe.text_encoder, m.pipe.text_encoder_2):
         module.register_forward_hook(lambda _, args, kwargs, __: sizes.append(len([*args, *kwargs.values()][0])),
                                      with_kwargs=True)  # fmt: skip
-    together = [models.vae_moments(vae, pixels), *models.embed(m.pipe, prompts)]
+    together = [vae_moments(vae, pixels), *embed_prompts(m.pipe, prompts)]
     for one, other in zip(together, singly, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    for one, other in zip(models.decode(vae, z), pictures, strict=True):
+    for one, other in zip(decode_latents(vae, z), pictures, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
     assert sizes == [3, 3, 1, *[3, 3, 3, 3, 1, 1], 3, 3, 1]
 
@@ -290,7 +296,7 @@ def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, mon
 def test_the_estimate_of_memory_knows_the_passes(assets, monkeypatch, tmp_path):
     def foreseen(batch: int) -> int:
         config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "--train_batch_size", str(batch)))
-        return memory.encoders(config, models.describe(config))
+        return memory.encoders(config, describe(config))
 
     monkeypatch.setattr(models, "VAE_ELEMENTS", 4 * (SIDE // 2) ** 4)
     assert foreseen(1) < foreseen(2) == foreseen(64)  # 2, 4 and 128 images, of which four at once
@@ -312,10 +318,10 @@ def test_a_replacement_vae_is_in_float32_if_its_config_asks_for_it(assets, tmp_p
         (folder / "config.json").write_text(json.dumps(content))
         extra = ["--pretrained_vae_model_name_or_path", str(folder), "--mixed_precision", "bf16"]
         config = parse(train_ncp_sft.Config, arguments(assets, tmp_path / "o", *extra, model=model))
-        description = models.describe(config)
+        description = describe(config)
         for state in (AcceleratorState, PartialState):
             state._reset_state()
-        pipe = models.load_pipe(config, description, Accelerator(mixed_precision="bf16"))
+        pipe = load_pipe(config, description, Accelerator(mixed_precision="bf16"))
         expected = expected or (torch.float32 if model == "xl" else torch.bfloat16)
         assert pipe.vae.dtype == expected and next(pipe.text_encoder.parameters()).dtype == torch.bfloat16
         kept[asks] = memory.encoders(config, description)
@@ -333,7 +339,7 @@ def test_size_conditions_keep_every_pixel_in_half_precision(assets, tmp_path):
     outputs = []
     for height in (1023, 1024):
         ids = torch.tensor([[height, 1024, 0, 0, 1024, 1024]] * 4)
-        c = models.conditions(m, {**batch, "time_ids": ids})
+        c = conditions(m, {**batch, "time_ids": ids})
         assert c["added_cond_kwargs"]["time_ids"].dtype == torch.float32
         assert c["added_cond_kwargs"]["time_ids"].tolist() == ids.tolist()
         x, t = torch.ones(4, 4, SIDE // 2, SIDE // 2), torch.tensor([500] * 4)
@@ -352,9 +358,9 @@ def test_fixed_size_conditions_are_a_whole_image_of_the_resolution(assets, tmp_p
         for ids in ("image", "fixed"):
             argv = arguments(assets, tmp_path / "o", "--time_ids", ids, "--heldout_pairs", "2", *extra, model="xl")
             config = parse(train_ncp_dpo.Config, argv)
-            description, pairs = models.describe(config), data.open_pairs(config)
+            description, pairs = describe(config), open_pairs(config)
             opened = cache.open_cache(config, description, pairs)
-            dataset = data.PairDataset(config, pairs, (4, 16, 16), 1000, True, opened)
+            dataset = PairDataset(config, pairs, (4, 16, 16), 1000, True, opened)
             samples[ids] = [dataset[3], dataset.heldout(1)]
         for image, fixed in zip(*samples.values(), strict=True):
             assert fixed["time_ids"].tolist() == [whole, whole]

@@ -8,8 +8,8 @@ import torch
 
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import precision
 from ncp.common.config import parse
+from ncp.training import precision
 from tiny.precision import OBJECTIVES, compare, measured, setting, truth
 
 MIXED = torch.tensor([30, 500])  # timesteps of two pairs

@@ -12,7 +12,7 @@ from support import ROOT, alive, descendants, python, started, wait_for
 from test_guard import free_port
 from test_scripts import arguments
 
-from ncp import processes
+from ncp.common import processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descendants are read from /proc")
 
@@ -115,7 +115,7 @@ def test_ranks_end_with_a_killed_launcher_as_by_a_signal(assets, tmp_path, launc
 
 
 def test_a_run_outlives_the_shell_that_started_it(tmp_path):
-    code = "import sys, time; from ncp.config import run; run(lambda: (time.sleep(4), open(sys.argv[1], 'w')))"
+    code = "import sys, time; from ncp.common.errors import run_program; run_program(lambda: (time.sleep(4), open(sys.argv[1], 'w')))"
     command = f'{sys.executable} -c "{code}" {tmp_path / "done"} >/dev/null 2>&1 &'
     subprocess.run(["sh", "-c", command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert not (tmp_path / "done").exists() and wait_for((tmp_path / "done").exists)
@@ -197,9 +197,10 @@ for file in [*Path("ncp").glob("*.py"), *Path("evaluation").glob("*.py")]:
     importlib.import_module(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
 import cache_latents, evaluate, filter_pickapic, train_ncp_cpo, train_ncp_dpo, train_ncp_sft
 print("imported", flush=True)
-from ncp import processes, training
+from ncp.common import processes
+from ncp.training.meter import peak_memory_gib
 sys.platform = "win32"
-training.peak_memory_gib = lambda device: 1.0  # psutil's figure of Windows
+peak_memory_gib = lambda device: 1.0  # psutil's figure of Windows
 for script in (train_ncp_dpo,):
     script.run(script.main)
 """

@@ -18,9 +18,11 @@ from support import python, started
 from test_guard import altered, free_port, ranks_of
 from test_scripts import ROOT, SCRIPTS, arguments, launch, run_here
 
-from ncp import checkpoints
 from ncp.common.errors import UserError
+from ncp.training.checkpoints import newest
+from ncp.training.resume import MAY_CHANGE
 from ncp.training.settings import TrainingConfig
+from ncp.training.weights import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def assets(tmp_path_factory):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / checkpoints.WEIGHTS)
+    return load_file(folder / WEIGHTS)
 
 
 def test_runs_killed_anywhere_end_as_if_they_had_not_been():
@@ -54,8 +56,8 @@ def test_every_key_is_mathematics_or_may_change():
         "allow_tf32", "rank", "lora_alpha", "use_ema", "ema_decay",
     }  # fmt: skip
     keys = {f.name for script in SCRIPTS.values() for f in dataclasses.fields(script.Config)}
-    assert not mathematics & checkpoints.MAY_CHANGE and mathematics | checkpoints.MAY_CHANGE == keys
-    assert {f.name for f in dataclasses.fields(TrainingConfig)} >= checkpoints.MAY_CHANGE
+    assert not mathematics & MAY_CHANGE and mathematics | MAY_CHANGE == keys
+    assert {f.name for f in dataclasses.fields(TrainingConfig)} >= MAY_CHANGE
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_a_moved_model_and_another_split_go_on_to_the_same_weights(assets, half,
     run_here("dpo", arguments(assets, tmp_path / "part", *first), monkeypatch)
     # Two processes, two micro-batches of one pair each, for what was one process with one of four.
     split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps", "2"]
-    code = "import train_ncp_dpo as s\nfrom ncp.config import run\nrun(s.main)"
+    code = "import train_ncp_dpo as s\nfrom ncp.common.errors import run_program as run\nrun(s.main)"
     with ranks_of(code, arguments(assets, tmp_path / "part", *extra, *split)) as ranks:
         said = [r.communicate(timeout=300) for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], said
@@ -166,7 +168,7 @@ def test_auto_starts_afresh_resumes_and_never_starts_over_a_damaged_run(assets, 
 
 def test_two_nodes_train_and_the_loss_of_one_ends_the_other_and_the_run_goes_on(assets, tmp_path, monkeypatch):
     """Two launchers on loopback, as on two machines; the second machine dies in step 3."""
-    code = "import os, sys, train_ncp_dpo as s\nfrom ncp.config import run\noriginal, calls = s.ncp_dpo, []\n"
+    code = "import os, sys, train_ncp_dpo as s\nfrom ncp.common.errors import run_program as run\noriginal, calls = s.ncp_dpo, []\n"
     code += "def step(*a):\n    calls.append(1)\n"
     code += "    if os.environ['RANK'] == '1' and len(calls) == 3: os.kill(os.getpid(), 9)\n    return original(*a)\n"
     script = tmp_path / "dies.py"
@@ -186,7 +188,7 @@ def test_two_nodes_train_and_the_loss_of_one_ends_the_other_and_the_run_goes_on(
         said = [n.communicate(timeout=300)[1] for n in (first, second)]
     assert first.returncode and second.returncode
     assert "error: another process of this run has ended or does not answer" in said[0], said[0]
-    assert checkpoints.newest(tmp_path / "out")[0].name == "checkpoint-2"
+    assert newest(tmp_path / "out")[0].name == "checkpoint-2"
     again = ("train_ncp_dpo.py", "--resume_from_checkpoint", "latest")
     with node(0, *again) as first, node(1, *again) as second:
         said = [n.communicate(timeout=300) for n in (first, second)]
@@ -235,7 +237,7 @@ def test_a_disk_that_fails_is_said_in_one_line_and_the_last_checkpoint_stays(ass
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "\n" not in str(error.value)
     if fault == "a limit on file sizes":
-        assert checkpoints.checkpoint_fault(out / "checkpoint-2") is None
+        assert fault(out / "checkpoint-2") is None
         assert sorted(p.name for p in out.iterdir()) == ["checkpoint-2", "config.yaml"]  # no half checkpoint
     elif fault == "the folder is gone":
         assert not out.exists()
@@ -258,7 +260,7 @@ def test_a_full_and_a_read_only_disk(assets, tmp_path, small_disk, monkeypatch):
     argv = arguments(assets, out, "--max_train_steps", "9", "--checkpointing_steps", "1", "--report_to", "tensorboard")
     with pytest.raises(UserError, match=r"cannot write to .*No space left .*last good checkpoint: .*checkpoint-1$"):
         run_here("dpo", argv, monkeypatch)
-    assert checkpoints.newest(out) == (out / "checkpoint-1", [])
+    assert newest(out) == (out / "checkpoint-1", [])
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match=r"cannot write to .*Read-only file system"):
         run_here("dpo", [*argv, "--resume_from_checkpoint", "latest"], monkeypatch)
@@ -296,4 +298,4 @@ def test_a_run_that_met_a_corrupt_image_can_go_on_without_it(assets, tmp_path, m
     with pytest.raises(UserError, match=r"row 5, jpg_0, uid a5: unreadable image"):
         run_here("dpo", argv, monkeypatch)
     run_here("dpo", [*argv, "--corrupt_images", "skip"], monkeypatch)
-    assert (tmp_path / "out" / checkpoints.WEIGHTS).is_file()
+    assert (tmp_path / "out" / WEIGHTS).is_file()

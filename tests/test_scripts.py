@@ -17,8 +17,16 @@ from support import python
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import checkpoints, data, lock, memory, models, training
+from ncp.common import lock
 from ncp.common.config import parse
+from ncp.training import checkpoints, memory
+from ncp.training.checkpoints import read_manifest
+from ncp.training.engine import make_accelerator
+from ncp.training.models import load_models
+from ncp.training.pairs import open_pairs
+from ncp.training.pipeline import describe
+from ncp.training.samples import PairDataset, loader
+from ncp.training.weights import lora_state
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
@@ -95,7 +103,7 @@ def test_only_lora_weights_change_and_they_are_finite(assets, tmp_path, monkeypa
     m, on_disk = held["models"], UNet2DConditionModel.from_pretrained(assets / model, subfolder="unet")
     for (name, before), after in zip(on_disk.named_parameters(), m.reference.parameters(), strict=True):
         assert torch.equal(before, after), name
-    lora = checkpoints.lora_state(m.unet)
+    lora = lora_state(m.unet)
     assert lora and all(v.dtype == torch.float32 and v.isfinite().all() for v in lora.values())
     # B starts at zero: whatever is there now was learned.
     assert all(v.abs().max() > 0 for k, v in lora.items() if "lora_B" in k)
@@ -268,12 +276,12 @@ def loaded(config, losers: bool):
     """(models, first batch) as a script has them."""
     for state in (AcceleratorState, PartialState):
         state._reset_state()
-    accelerator = training.make_accelerator(config)
-    description = models.describe(config)
+    accelerator = make_accelerator(config)
+    description = describe(config)
     shape = description.latent_shape(config.resolution)
-    dataset = data.PairDataset(config, data.open_pairs(config), shape, description.num_timesteps, losers)
-    batch = next(iter(data.loader(dataset, config, 0, 0, 1)))
-    return models.load_models(config, description, accelerator), batch
+    dataset = PairDataset(config, open_pairs(config), shape, description.num_timesteps, losers)
+    batch = next(iter(loader(dataset, config, 0, 0, 1)))
+    return load_models(config, description, accelerator), batch
 
 
 OPTIONS = [
@@ -302,7 +310,7 @@ OPTIONS = [
 def test_every_value_of_every_option_runs(assets, tmp_path, monkeypatch, kind, extra):
     model = "xl" if kind == "cpo" else "sd-v" if kind == "sft" else "sd"
     held = run_here(kind, arguments(assets, tmp_path / "out", *extra, model=model), monkeypatch, foresee=True)
-    assert all(v.isfinite().all() for v in checkpoints.lora_state(held["models"].unet).values())
+    assert all(v.isfinite().all() for v in lora_state(held["models"].unet).values())
     if "--checkpoints_total_limit" in extra:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -386,7 +394,7 @@ def junk(file: Path) -> Path:
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_any_model_loads(assets, tmp_path, monkeypatch, capsys, case):
-    from ncp.common.errors import run
+    from ncp.common.errors import run_program as run
 
     build, message = BAD[case]
     argv = [*arguments(assets, tmp_path / "out"), *build(assets, tmp_path)]
@@ -430,7 +438,7 @@ def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     torch.save({"optimizer": Evil()}, checkpoint / "optimizer.pt")
-    manifest = checkpoints.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     file = checkpoint / "optimizer.pt"
     manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": checkpoints.sha256(file)}
     import json

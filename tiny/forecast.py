@@ -32,9 +32,11 @@ import torch
 import train_ncp_dpo
 from evaluation import protocol
 from evaluation.prompts import read_prompts
-from ncp import models, training
 from ncp.common.config import parse
-from ncp.common.errors import run
+from ncp.common.errors import run_program
+from ncp.training.engine import make_accelerator
+from ncp.training.models import Models, load_models
+from ncp.training.pipeline import describe
 from tiny import oracle, world
 
 TRAIN, EVALUATE = "configs/tiny_ncp_dpo.yaml", "configs/eval_tiny.yaml"
@@ -49,7 +51,7 @@ def second_time(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def random_batch(m: models.Models, config: train_ncp_dpo.Config) -> dict[str, Any]:
+def random_batch(m: Models, config: train_ncp_dpo.Config) -> dict[str, Any]:
     """What the loader gives for PAIRS pairs, of noise."""
     side, shape = config.resolution, m.description.latent_shape(config.resolution)
     return {
@@ -65,8 +67,8 @@ def random_batch(m: models.Models, config: train_ncp_dpo.Config) -> dict[str, An
 
 def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
     """Seconds of a `start`, a trained `pair`, one `looked` at, a U-Net's `row`, a picture `decoded`, one `judged`."""
-    accelerator = training.make_accelerator(config)
-    m = models.load_models(config, models.describe(config), accelerator)
+    accelerator = make_accelerator(config)
+    m = load_models(config, describe(config), accelerator)
     start = time.perf_counter() - BEGAN
     batch = random_batch(m, config)
 
@@ -129,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -26,7 +26,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp import models
+from ncp.training.images import decode_image
+from ncp.training.inputs import vae_moments
+from ncp.training.models import assemble, lora_config
 from tiny.build import DATA, MODEL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,16 +75,14 @@ def _embedded(name: str, pairs: int) -> Setting:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from ncp.data import decode
-
     file = min(DATA.glob("train-*.parquet"))
     table = pq.read_table(file, columns=["caption", "jpg_0", "jpg_1"]).slice(0, pairs)
-    images = np.stack([np.asarray(decode(jpeg.as_py())) for side in ("jpg_0", "jpg_1") for jpeg in table[side]])
+    images = np.stack([np.asarray(decode_image(jpeg.as_py())) for side in ("jpg_0", "jpg_1") for jpeg in table[side]])
     vae = AutoencoderKL.from_pretrained(MODEL / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
     ids = tokenizer(table["caption"].to_pylist(), padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
-        moments = models.vae_moments(vae, torch.from_numpy(images).permute(0, 3, 1, 2))
+        moments = vae_moments(vae, torch.from_numpy(images).permute(0, 3, 1, 2))
         text = CLIPTextModel.from_pretrained(MODEL / "text_encoder")(ids)[0]
     x0 = moments.chunk(2, dim=1)[0] * vae.config.scaling_factor
     unet = UNet2DConditionModel.from_pretrained(MODEL / "unet")
@@ -174,7 +174,7 @@ def measured(
             return model
 
     unet = copy.deepcopy(s.unet).to(DEVICE, dtype)
-    m = models.assemble(config, description, unet, schedule(), None, Engine)
+    m = assemble(config, description, unet, schedule(), None, Engine)
     weights = lora_weights(Engine.prepare_model(m.unet, False), s.lora_std)
     eps, z = noise(s)
     c = _map(lambda v: v[: s.pairs].to(DEVICE), s.conditions)
@@ -207,7 +207,7 @@ def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, 
     policy = copy.deepcopy(s.unet).double()
     reference, f = copy.deepcopy(policy), copy.deepcopy(policy)
     config = train_ncp_dpo.Config(pretrained_model_name_or_path="-", dataset_name="-", output_dir="-")
-    policy.add_adapter(models.lora_config(config))
+    policy.add_adapter(lora_config(config))
     weights = lora_weights(policy.double(), s.lora_std)
     c = _map(lambda v: v.double(), s.conditions)
     abar = schedule().alphas_cumprod.double()

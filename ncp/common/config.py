@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ncp.common.errors import TOKEN, UserError
+from ncp.common.files import write_text
 
 T = TypeVar("T")
 
@@ -107,11 +108,10 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def save(config: Any, path: str | os.PathLike) -> None:
-    """Writes a configuration as YAML that `parse` reads back to the same values."""
-    Path(path).write_text(
-        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+def save_yaml(config: Any, path: Path) -> None:
+    """Writes a configuration, as YAML that `parse` reads back to the same values, or a mapping."""
+    content = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 # ---------------------------------------------------------------- conversion

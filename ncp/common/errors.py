@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pdb
 import re
 import sys
 import traceback
@@ -38,14 +39,18 @@ class Stopped(Exception):
         self.status = status
 
 
-def run(main: Callable[[], Any]) -> None:
+def run_program(main: Callable[[], Any]) -> None:
     """Calls `main`. A UserError, or what the system refuses, becomes one line on standard error and exit status 2.
 
-    A Stopped becomes a line and its own status.
+    A Stopped becomes a line and its own status. With NCP_DEBUG=1 in the environment every error is an ordinary
+    traceback instead, and in a terminal the debugger opens where it was raised.
     """
     first = os.environ.get("RANK", "0") == "0"
     follow_launcher()
     try:
+        if os.environ.get("NCP_DEBUG", "0") != "0":
+            _debug(main)
+            return
         try:
             main()
         except BaseException as error:
@@ -57,7 +62,8 @@ def run(main: Callable[[], Any]) -> None:
             _say(f"error: {error}")
         sys.exit(2)
     except OSError as error:  # a disk or a network, which a traceback would not explain better
-        _say(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"error: {error.strerror or error}{where} (NCP_DEBUG=1 shows where in the program)")
         sys.exit(2)
     except Stopped as stop:
         if first:
@@ -75,6 +81,19 @@ def run(main: Callable[[], Any]) -> None:
         os._exit(2)
     finally:
         _leave_processes()
+
+
+def _debug(main: Callable[[], Any]) -> None:
+    """Calls `main`; an error keeps its frames. Ends the process with status 1 after it."""
+    try:
+        main()
+    except Exception as error:
+        traceback.print_exc()
+        if sys.stdin.isatty() and "RANK" not in os.environ:
+            pdb.post_mortem(error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the frames still hold the data loader's workers, and perhaps a process group
 
 
 def _leave_processes() -> None:

@@ -15,9 +15,11 @@ SAMPLE_BYTES = 1 << 16
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Has `write(temporary path)` make a file, or a folder, which then takes the place of `path`.
 
-    Whoever finds `path` finds it whole. If anything fails, what was there before stays, and nothing else is left.
+    Whoever finds `path` finds it whole. If anything fails, what was there before stays, and nothing else is left; a
+    killed process leaves the temporary one, which the next write of `path` removes. One process at a time writes it.
     """
     temporary = temporary_for(path)
+    remove(temporary)
     try:
         write(temporary)
         put_in_place(temporary, path)
@@ -31,8 +33,8 @@ def write_text(path: Path, text: str, newline: str | None = None) -> None:
 
 
 def temporary_for(path: Path) -> Path:
-    """The hidden name beside `path` under which this process writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """The hidden name beside `path` under which it is written."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

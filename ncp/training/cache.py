@@ -15,7 +15,6 @@ An image is known by its uid. One cache serves any selection of its dataset: ano
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ncp.common.errors import UserError
+from ncp.common.files import write_text
 from ncp.training.images import CorruptImage
 from ncp.training.pairs import Pairs
 from ncp.training.pipeline import Description, identity
@@ -67,7 +67,7 @@ def contents(pairs: Pairs) -> tuple[dict[str, pa.Array], np.ndarray]:
 
     In the order in which the rows name them, the empty prompt first.
     """
-    table = columns_of(pairs, ["caption", "image_0_uid", "image_1_uid"])
+    table = pairs.columns(["caption", "image_0_uid", "image_1_uid"])
     uids = np.empty((len(table), 2), dtype=object)
     for side in (0, 1):
         uids[:, side] = table[f"image_{side}_uid"].to_numpy()
@@ -77,11 +77,6 @@ def contents(pairs: Pairs) -> tuple[dict[str, pa.Array], np.ndarray]:
     places = np.stack([pairs.rows[first // 2], first % 2], axis=1)
     prompts = pc.unique(pa.concat_arrays([pa.array([""]), table["caption"].cast(pa.string()).combine_chunks()]))
     return {"images": encoded.dictionary, "prompts": prompts}, places
-
-
-def columns_of(pairs: Pairs, columns: list[str]) -> pa.Table:
-    """These columns of the training rows, in order."""
-    return pairs.table.select_columns(columns).with_format("arrow")[:].take(pa.array(pairs.rows))
 
 
 @dataclass
@@ -146,7 +141,7 @@ def open_cache(config: TrainingConfig, description: Description, pairs: Pairs) -
             except (SafetensorError, OSError) as error:
                 raise UserError(f"cached_latents: {folder / name} is damaged ({error})") from None
 
-    table = columns_of(pairs, ["caption", "image_0_uid", "image_1_uid"])
+    table = pairs.columns(["caption", "image_0_uid", "image_1_uid"])
     found = {
         column: pc.index_in(table[column].cast(pa.string()), value_set=read_index(folder, kind))
         for column, kind in {"caption": "prompts", "image_0_uid": "images", "image_1_uid": "images"}.items()
@@ -180,7 +175,7 @@ def read_cache_manifest(folder: Path) -> dict[str, Any]:
 
 def write_cache_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    replace_file(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "manifest.json", text)
 
 
 def read_index(folder: Path, kind: str) -> pa.Array:
@@ -197,15 +192,3 @@ def read_index(folder: Path, kind: str) -> pa.Array:
 
 def shard_path(folder: Path, kind: str, number: int) -> Path:
     return folder / f"{kind}-{number:05d}.safetensors"
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Has `write(temporary path)` make the file, which then gets its name: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

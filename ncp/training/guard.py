@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from ncp.checkpoints import last_good, read_manifest, writing
 from ncp.common.errors import DIVERGED, INTERRUPTED, Stopped
-from ncp.data import PairDataset, collate
-from ncp.losses import SATURATED
-from ncp.models import Models
-from ncp.training import Abandoned, to_device
+from ncp.losses import SATURATED, Metrics
+from ncp.training.checkpoints import last_good, writing
+from ncp.training.models import Models
+from ncp.training.pairs import Pairs
+from ncp.training.samples import PairDataset, collate, to_device
 from ncp.training.settings import TrainingConfig
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))  # Windows: no USR1
@@ -33,24 +33,30 @@ STARTED = time.monotonic()
 MOST_SATURATED = 0.75  # of the first step's pairs
 ONE_KEYSTROKE = 2.0  # seconds: a terminal and a launcher may both pass on the same Ctrl-C
 
+# A script's own step: (models, policy, batch, config) -> (losses (B,), metrics).
+Objective = Callable[[Models, torch.nn.Module, dict[str, Any], Any], tuple[torch.Tensor, Metrics]]
+
+
+class Abandoned(Exception):
+    """Work of one process that is not finished, because a signal or the clock ends the run."""
+
 
 class Guard:
     """Watches a run. `stopped` is None, or why it ends after this step.
 
-    owes_look: the run that left `checkpoint` was stopped in the middle of a look at the held-out pairs, or this one.
+    saved: the manifest of the checkpoint that the run goes on from, or empty.
+    owes_look: the run before this one, or this one, was stopped in the middle of a look at the held-out pairs.
     """
 
-    def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, dataset: PairDataset, checkpoint: Path | None = None
-    ):
-        self.config, self.accelerator, self.dataset = config, accelerator, dataset
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, pairs: Pairs, saved: dict[str, Any]):
+        self.config, self.accelerator, self.pairs = config, accelerator, pairs
         self.stopped: Stopped | None = None
-        self.owes_look = bool(checkpoint and read_manifest(checkpoint).get("owes_look"))
+        self.owes_look = bool(saved.get("owes_look"))
         self._signal, self._signalled_at = 0, 0.0
         self._in_a_row, self._warned, self._stepped = 0, False, False
         self._losses: list[torch.Tensor] = []
         self._saturated: list[torch.Tensor] = []
-        self._pairs: list[int] = []
+        self._indices: list[int] = []
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:
@@ -64,16 +70,17 @@ class Guard:
         """Notes a micro-batch: which pairs, their losses (B,), and which of them are `saturated` (B,)."""
         self._losses.append(losses.detach())
         self._saturated.append(metrics.get("saturated", torch.zeros_like(losses)))
-        self._pairs += batch["pair"]
+        self._indices += batch["pair"]
 
-    def may_step(self, step: int, grad_norm: torch.Tensor) -> bool:
-        """Whether the losses of this step and its gradient are finite on all processes; if not, says and counts it.
+    def check_step(self, step: int, grad_norm: torch.Tensor) -> bool:
+        """Whether the losses of this step and its gradient are finite on all processes, so that it may be taken.
 
-        In the same small reduction they agree whether a signal or the clock ends the run after this step.
+        If not, the step is reported and counted; after `max_skipped_steps` of them in a row the run is stopped. In the
+        same small reduction all agree whether a signal or the clock ends the run after this step.
         """
-        losses, pairs, self._stepped = torch.cat(self._losses), self._pairs, True
+        losses, indices, self._stepped = torch.cat(self._losses), self._indices, True
         saturated = torch.cat(self._saturated).mean() > MOST_SATURATED
-        self._losses, self._saturated, self._pairs = [], [], []
+        self._losses, self._saturated, self._indices = [], [], []
         bad_loss, bad_gradient, saturated = self._agree(
             step, ~losses.isfinite().all(), ~torch.as_tensor(grad_norm).isfinite(), saturated
         )
@@ -91,7 +98,7 @@ class Guard:
             if not bad_loss and scaler.get_scale() >= 1:
                 return False  # how fp16 finds the scale it can stand
         self._in_a_row += 1
-        self._report(step, losses, pairs, grad_norm)
+        self._report(step, losses, indices, grad_norm)
         if self._in_a_row >= self.config.max_skipped_steps:
             self._diverged(step, f"{self._in_a_row} steps in a row had a loss or gradient that is not finite")
         return False
@@ -135,13 +142,13 @@ class Guard:
         if self.stopped is not None:
             raise Abandoned
 
-    def _report(self, step: int, losses: torch.Tensor, pairs: list[int], grad_norm: torch.Tensor) -> None:
+    def _report(self, step: int, losses: torch.Tensor, indices: list[int], grad_norm: torch.Tensor) -> None:
         """Names the pairs whose loss is not finite (all, if only the gradient is not) on the screen and in a file."""
-        found = gather_object(list(zip(pairs, losses.tolist(), strict=True)))
+        found = gather_object(list(zip(indices, losses.tolist(), strict=True)))
         if not self.accelerator.is_main_process:
             return
         suspects = [(p, loss) for p, loss in found if not abs(loss) < float("inf")] or found
-        named = [{**self.dataset.pairs.name(p), "loss": loss} for p, loss in suspects]
+        named = [{**self.pairs.name(p), "loss": loss} for p, loss in suspects]
         file = Path(self.config.output_dir) / "skipped_steps.jsonl"
         with writing(file.parent), open(file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "grad_norm": float(grad_norm), "pairs": named}) + "\n")
@@ -193,15 +200,21 @@ class Guard:
 class HeldOut:
     """Losses of the pairs that never train, under noise that stays the same, against the reference's.
 
-    objective: the script's own step, (models, U-Net, batch, config) -> (losses, metrics). Each process takes its share.
+    objective: the script's own. Each process takes its share.
     """
 
     def __init__(
-        self, objective: Callable, m: Models, dataset: PairDataset, config: TrainingConfig, accelerator: Accelerator
+        self,
+        objective: Objective,
+        models: Models,
+        dataset: PairDataset,
+        config: TrainingConfig,
+        accelerator: Accelerator,
     ):
-        self.objective, self.m, self.dataset, self.config, self.accelerator = objective, m, dataset, config, accelerator
+        self.objective, self.models, self.dataset = objective, models, dataset
+        self.config, self.accelerator = config, accelerator
         self.share = range(accelerator.process_index, dataset.pairs.heldout, accelerator.num_processes)
-        self.reference = self._joined(list(self._losses(m.reference)))
+        self.reference = self._joined(list(self._losses(models.reference)))
 
     def _losses(self, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
         """Batch by batch, (2, n) losses of this process's winners and losers, (1, n) without losers."""
@@ -209,7 +222,7 @@ class HeldOut:
             samples = [self.dataset.heldout(k) for k in self.share[i : i + self.config.train_batch_size]]
             batch = to_device(collate(samples), self.accelerator)
             with torch.no_grad():
-                _, metrics = self.objective(self.m, unet, batch, self.config)
+                _, metrics = self.objective(self.models, unet, batch, self.config)
             yield torch.stack([metrics[k] for k in ("policy_w", "policy_l") if k in metrics])
 
     def _joined(self, found: list[torch.Tensor]) -> torch.Tensor:
@@ -219,7 +232,7 @@ class HeldOut:
         """heldout_winner_drift: relative rise of the median winner's loss; heldout_accuracy (not for SFT): share of
         pairs whose winner gained on its loser. The same for any number of processes. {} if the guard ended the look."""
         found: list[torch.Tensor] = []
-        if not guard.together(step, map(found.append, self._losses(self.m.unet))):
+        if not guard.together(step, map(found.append, self._losses(self.models.unet))):
             return {}
         drift = self._joined(found) - self.reference
         relative = drift[0] / self.reference[0].clamp_min(torch.finfo(drift.dtype).tiny)

@@ -17,28 +17,30 @@ PROMPTS_PER_PASS = 64  # of a text encoder: the widest map of SDXL's larger one 
 
 
 @torch.no_grad()
-def latents(m: Models, batch: dict[str, Any]) -> torch.Tensor:
+def latents(models: Models, batch: dict[str, Any]) -> torch.Tensor:
     """x0 (N, C, h, w) float32: scaled latents of the batch's `pixels` or `moments`, sampled with its `posterior`."""
-    moments = batch["moments"] if m.pipe is None else vae_moments(m.pipe.vae, batch["pixels"])
+    moments = batch["moments"] if models.pipe is None else vae_moments(models.pipe.vae, batch["pixels"])
     mean, log_variance = moments.float().chunk(2, dim=1)
     x0 = mean + (log_variance.clamp(-30, 20) / 2).exp() * batch["posterior"]  # AutoencoderKL's bounds
-    vae = m.description.vae
+    vae = models.description.vae
     return (x0 - (vae.get("shift_factor") or 0)) * vae.get("scaling_factor", 0.18215)  # AutoencoderKL's default
 
 
 @torch.no_grad()
-def conditions(m: Models, batch: dict[str, Any]) -> dict[str, Any]:
+def conditions(models: Models, batch: dict[str, Any]) -> dict[str, Any]:
     """The U-Net's keyword arguments for N images of B prompts, the prompts repeated in whole rounds.
 
     encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
     the batch's time_ids (N, 6): original size, crop and target size in pixels, height before width. They stay in
     float32, because bfloat16 makes 1024 of 1023; the U-Net casts their sinusoidal embedding.
     """
-    text, pooled = (batch["text"], batch.get("pooled")) if m.pipe is None else embed_prompts(m.pipe, batch["prompt"])
+    text, pooled = (
+        (batch["text"], batch.get("pooled")) if models.pipe is None else embed_prompts(models.pipe, batch["prompt"])
+    )
     rounds = len(batch["time_ids"]) // len(text)
-    kwargs: dict[str, Any] = {"encoder_hidden_states": text.to(m.dtype).repeat(rounds, 1, 1)}
+    kwargs: dict[str, Any] = {"encoder_hidden_states": text.to(models.dtype).repeat(rounds, 1, 1)}
     if pooled is not None:
-        pooled = pooled.to(m.dtype).repeat(rounds, 1)
+        pooled = pooled.to(models.dtype).repeat(rounds, 1)
         kwargs["added_cond_kwargs"] = {
             "text_embeds": pooled,
             "time_ids": batch["time_ids"].to(pooled.device, torch.float32),

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ncp.encoder import DownBlockEncoder, precision_of_f
-from ncp.models import DTYPES, LORA_TARGETS, Description, checkpoint_blocks, images_per_pass
+from ncp.training.inputs import images_per_pass
+from ncp.training.models import LORA_TARGETS, checkpoint_blocks
+from ncp.training.pipeline import DTYPES, Description
 from ncp.training.settings import TrainingConfig
 
 CONTEXT = 600 << 20  # of CUDA itself: its context and the libraries' workspaces
@@ -50,7 +52,9 @@ class Estimate:
         return f"{self.total / 2**30:.1f} GiB on a GPU ({text}, the rest CUDA's own and fragments)"
 
 
-def foresee(config: TrainingConfig, description: Description, accelerator: Accelerator, images_per_sample: int) -> None:
+def print_estimate(
+    config: TrainingConfig, description: Description, accelerator: Accelerator, images_per_sample: int
+) -> None:
     """Says, before anything is loaded, what a process will need, and if that is more than its GPU has."""
     if not accelerator.is_main_process:
         return

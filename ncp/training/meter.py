@@ -15,11 +15,10 @@ class Meter:
     """Averages metrics over micro-batches, processes and the steps between two log entries, and keeps the time.
 
     `seconds` counts what lies between `start` and `stop`: training, without checkpoints and pictures. A resumed run
-    goes on from its checkpoint's.
+    goes on from its checkpoint's: `saved` is the checkpoint's manifest, or empty.
     """
 
-    def __init__(self, checkpoint: Path | None = None) -> None:
-        saved = read_manifest(checkpoint) if checkpoint else {}
+    def __init__(self, saved: dict[str, Any]) -> None:
         self.seconds = float(saved.get("seconds", 0))
         self._clear()
         if "meter" in saved:

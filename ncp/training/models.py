@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
 
 from ncp.common import hub
@@ -165,3 +167,17 @@ def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> 
         for block in module.modules():
             if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
                 block.compile(dynamic=False)
+
+
+@contextmanager
+def averaged(models: Models, average: EMAModel | None) -> Iterator[None]:
+    """The averaged weights inside the block, if there is an average; the training weights again after it."""
+    if average is None:
+        yield
+        return
+    average.store(models.lora_parameters)
+    average.copy_to(models.lora_parameters)
+    try:
+        yield
+    finally:
+        average.restore(models.lora_parameters)

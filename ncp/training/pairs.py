@@ -57,6 +57,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows) - self.heldout
 
+    def columns(self, names: list[str]) -> pa.Table:
+        """These columns of the pairs' rows, in order, the held-out ones last."""
+        return self.table.select_columns(names).with_format("arrow")[:].take(pa.array(self.rows))
+
     def source(self, row: int) -> str:
         if not self.files:
             return f"row {row}"

@@ -29,7 +29,7 @@ ORDER, SAMPLE, HELDOUT = 0, 1, 2  # streams of randomness
 
 
 class PairDataset(Dataset):
-    """Training samples by position n.
+    """Training samples by position n. images: 2 for winner and loser, 1 for the winner alone.
 
     Sample: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6) original
     size, crop, target size in pixels (height before width), each image's or fixed; `prompt`; `timestep` int64; and
@@ -43,11 +43,11 @@ class PairDataset(Dataset):
         pairs: Pairs,
         latent_shape: tuple[int, int, int],
         num_timesteps: int,
-        losers: bool,
+        images: int,
         cache: Cache | None = None,
     ):
         self.config, self.pairs, self.latent_shape, self.num_timesteps = config, pairs, latent_shape, num_timesteps
-        self.images, self.cache = 2 if losers else 1, cache
+        self.images, self.cache = images, cache
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def pair_index(self, position: int) -> int:

@@ -1,0 +1,90 @@
+"""What a finished run leaves: the LoRA in diffusers' format and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+import ncp
+from ncp.common import hub
+from ncp.common.files import write_text
+from ncp.training.checkpoints import writing
+from ncp.training.engine import effective_batch, learning_rate
+from ncp.training.models import Models, averaged
+from ncp.training.pairs import Pairs, describe_filtering
+from ncp.training.settings import TrainingConfig
+from ncp.training.summary import describe_loss
+from ncp.training.weights import WEIGHTS, save_lora
+
+
+def write_result(
+    config: TrainingConfig,
+    method: str,
+    accelerator: Accelerator,
+    models: Models,
+    average: EMAModel | None,
+    pairs: Pairs,
+) -> None:
+    """Writes the LoRA and the model card into the output folder, beside the config, and uploads them if asked.
+
+    The main process writes; the average's weights, if there is one.
+    """
+    if not accelerator.is_main_process:
+        return
+    folder = Path(config.output_dir)
+    effective = effective_batch(config, accelerator.num_processes)
+    with averaged(models, average), writing(folder):
+        save_lora(models, folder)
+        write_text(folder / "README.md", model_card(config, method, models, pairs, effective))
+    accelerator.print(f"wrote {folder / WEIGHTS}")
+    if config.push_to_hub:
+        patterns = [WEIGHTS, "README.md", "config.yaml", "environment.yaml", "validation/*.png"]
+        hub.upload(folder, config.hub_model_id or folder.name, config.hub_private_repo, patterns)
+
+
+def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs, effective: int) -> str:
+    """The model card of a finished run, in the hub's format. effective: pairs per optimizer step."""
+    steps = config.max_train_steps
+    base = config.pretrained_model_name_or_path
+    kind = models.description.pipeline.__name__
+    pictures = sorted(Path(config.output_dir).glob("validation/*.png"))
+    shown = f"\n![reference and tuned](validation/{pictures[-1].name})\n" if pictures else ""
+    settings = {
+        "method": f"{method}: {describe_loss(config, models.secant)}",
+        "data": f"{config.dataset_name}: {len(pairs):,} decisive pairs",
+        **({"filtered": describe_filtering(pairs.manifest)} if pairs.manifest else {}),
+        "samples seen": f"{steps * effective:,} ({steps} steps of {effective})",
+        "learning rate": f"{learning_rate(config, steps, effective):.3g}",
+        "LoRA": f"rank {config.rank}, alpha {config.lora_alpha or config.rank}",
+        "resolution": config.resolution,
+        "precision": config.mixed_precision,
+        "seed": config.seed,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    return f"""---
+base_model: {base}
+library_name: diffusers
+tags: [lora, text-to-image, diffusion-dpo, preference-optimization]
+---
+
+# {method} LoRA for {base}
+
+Made with {method} (noise-conditioned perceptual preference optimization, arXiv 2406.17636), version {ncp.__version__}.
+{shown}
+| | |
+|---|---|
+{table}
+
+Every setting is in `config.yaml`, the software and hardware in `environment.yaml`.
+
+```python
+import torch
+from diffusers import {kind}
+
+pipe = {kind}.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("{config.hub_model_id or config.output_dir}")
+image = pipe("a prompt").images[0]
+```
+"""

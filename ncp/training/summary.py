@@ -1,0 +1,81 @@
+"""What a run will do, in words: printed at its start, and in parts on its model card."""
+
+from __future__ import annotations
+
+import diffusers
+import pyarrow.compute as pc
+from accelerate import Accelerator
+from transformers import CLIPTokenizer
+
+from ncp.training.engine import effective_batch, learning_rate
+from ncp.training.models import Models
+from ncp.training.pairs import Pairs, describe_filtering
+from ncp.training.settings import TrainingConfig
+
+
+def print_summary(
+    config: TrainingConfig, accelerator: Accelerator, models: Models, pairs: Pairs, first_step: int
+) -> None:
+    """Says what the run will do, on the main process."""
+    if not accelerator.is_main_process:
+        return
+    effective = effective_batch(config, accelerator.num_processes)
+    samples = effective * config.max_train_steps
+    trainable = sum(p.numel() for p in models.lora_parameters)
+    c, n = config, accelerator.num_processes
+    processes = f"{n} process{'es' * (n > 1)}"
+    rate = learning_rate(c, c.max_train_steps, effective)
+    scaled = f"{c.learning_rate:g} x {effective}" if c.scale_lr else "not scaled"
+    lines = {
+        "model": f"{c.pretrained_model_name_or_path} ({models.description.pipeline.__name__}, "
+        f"{models.scheduler.config.prediction_type})",
+        "data": f"{len(pairs):,} decisive pairs of {len(pairs.table):,} rows in {c.dataset_name}"
+        + "".join(f"; {count:,} {reason}" for reason, count in pairs.dropped.items())
+        + (f"; {pairs.heldout:,} held out" if pairs.heldout else ""),
+        "prompts": describe_prompts(c, models, pairs),
+        "filtered": describe_filtering(pairs.manifest) if pairs.manifest else "no (see filter_pickapic.py)",
+        "inputs": "images and prompts, encoded at every step"
+        if c.cached_latents is None
+        else f"cached latents and embeddings in {c.cached_latents}",
+        "effective batch": f"{effective} pairs = {c.train_batch_size} x {c.gradient_accumulation_steps} accumulation "
+        f"x {processes}",
+        "steps": f"{first_step} to {c.max_train_steps}: {samples:,} samples in all, {samples / len(pairs):.2f} epochs",
+        "learning rate": f"{rate:.3g} after {c.lr_warmup_steps} warm-up steps ({scaled})",
+        "loss": describe_loss(c, models.secant),
+        "precision": f"{accelerator.mixed_precision} on {accelerator.device}; LoRA rank {c.rank}, "
+        f"{trainable:,} weights in float32",
+        "output": c.output_dir,
+    }
+    for name, text in lines.items():
+        accelerator.print(f"{name:>16}: {text}")
+
+
+def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> str:
+    """How many distinct prompts there are, and how many are longer than the text encoder reads."""
+    prompts = pc.unique(pairs.columns(["caption"])["caption"].combine_chunks()).to_pylist()
+    limit = models.description.text_shape[0]
+    # A token stands for at least a byte: short ones need no counting.
+    long = [p for p in prompts if len(p.encode()) >= limit // 2]
+    name, revision = config.pretrained_model_name_or_path, config.revision
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
+    cut = sum(len(ids) > limit for ids in tokenizer(long, verbose=False).input_ids) if long else 0
+    diffusers.utils.logging.set_verbosity_error()  # which would repeat at every step that a prompt was cut
+    return f"{len(prompts):,} distinct" + (
+        f"; {cut:,} of them longer than {limit} tokens, the rest is cut off" if cut else ""
+    )
+
+
+def describe_loss(config: TrainingConfig, secant: str) -> str:
+    """The objective in words, beta in both conventions. secant: the config's, as `Models.secant` resolves it."""
+    if config.space == "latent":
+        text = "squared error of the noise (latent baseline)"
+    else:
+        difference = "eq. 13 as printed" if secant == "1" else f"secant {secant}"
+        difference += f" (derivative over {config.secant_length:g})" if secant == "auto" else ""
+        offset = "x0" if config.timestep_offset == "x0" else f"t-{config.timestep_offset}"
+        text = f"perceptual, block {'+'.join(config.encoder_blocks)} at {offset}, {difference}"
+    if (beta := getattr(config, "beta", None)) is not None:
+        text += (
+            f"; beta {beta:g} (the paper's beta T; {2 * beta:g} where the loss has a factor 0.5, as in Diffusion-DPO)"
+        )
+    return text
