@@ -26,7 +26,7 @@ from ncp.common.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
     import msvcrt
 
 NAME = ".writer.lock"
