@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,6 +46,21 @@ def put_in_place(temporary: Path, path: Path) -> None:
     _wait_for_disk(temporary)
     os.replace(temporary, path)
     _wait_for_disk(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file has a name as `temporary_for` gives it."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what killed processes have left of `path` under temporary names.
+
+    Only for the process that alone writes `path`: another's unfinished file would be deleted too.
+    """
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_temporary(file):
+            remove(file)
 
 
 def remove(path: Path) -> None:
