@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_write_errors(folder), one_writer(folder, config.shard):
         if is_finished(folder, config.dataset_name, plan):
             raise UserError(f"output_dir: another run has just finished {folder}")
-        mark_unfinished(folder, plan)
+        mark_unfinished(folder, plan, config.shard)
         hashes = copy_pairs(shards, decision, metadata_of_pairs(shards, decision), names, config)
         missing = [name for name in names if not (folder / name).exists()]
         if missing:

@@ -19,7 +19,7 @@ from filtering.settings import FilterConfig
 from filtering.source import Shard, by_row_group
 from ncp import __version__
 from ncp.common.errors import UserError
-from ncp.common.files import remove, remove_leftovers, sha256, write_text
+from ncp.common.files import put_in_place, remove, remove_leftovers, sha256, write_text
 from ncp.common.lock import is_empty
 
 NAME, UNFINISHED = "manifest.json", ".unfinished.json"
@@ -104,10 +104,19 @@ def is_finished(folder: Path, dataset_name: str, plan: dict[str, Any]) -> bool:
     return False
 
 
-def mark_unfinished(folder: Path, plan: dict[str, Any]) -> None:
-    """Marks the folder as this run's. plan: what `describe_run` returns."""
-    if not (folder / UNFINISHED).exists():
-        write_text(folder / UNFINISHED, json.dumps(plan))
+def mark_unfinished(folder: Path, plan: dict[str, Any], part: str) -> None:
+    """Marks the folder as this run's. plan: what `describe_run` returns. part: "i/n", which this process holds.
+
+    Machines that start together all write the mark, so each has a temporary file of its own.
+    """
+    if (folder / UNFINISHED).exists():
+        return
+    temporary = folder / f".{UNFINISHED}.{part.replace('/', '-of-')}.tmp"
+    try:
+        temporary.write_text(json.dumps(plan), encoding="utf-8")
+        put_in_place(temporary, folder / UNFINISHED)
+    finally:
+        remove(temporary)
 
 
 def add_outputs(plan: dict[str, Any], names: list[str], hashes: dict[str, str], config: FilterConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,8 +48,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file has a name as `temporary_for` gives it."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+    """Whether a file is hidden and named as one that is still being written: `.NAME...tmp`."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def remove_leftovers(path: Path) -> None:
@@ -58,9 +57,8 @@ def remove_leftovers(path: Path) -> None:
 
     Only for the process that alone writes `path`: another's unfinished file would be deleted too.
     """
-    for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if is_temporary(file):
-            remove(file)
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        remove(file)
 
 
 def remove(path: Path) -> None:
