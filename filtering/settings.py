@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 from ncp.common.config import option
 from ncp.common.errors import UserError
@@ -70,7 +70,7 @@ def time_ns(text: str | None, name: str) -> int | None:
     except ValueError:
         raise UserError(f"{name} is {text!r}; expected an ISO date or time such as 2023-01-31T12:00:00") from None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-    return round(moment.timestamp()) * 10**9 + moment.microsecond * 1000
+    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(microseconds=1) * 1000
 
 
 def part_of(shard: str, files: int) -> range:

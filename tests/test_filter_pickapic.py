@@ -23,7 +23,6 @@ import filter_pickapic
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from filtering import manifest
 from filtering.settings import RULES, FilterConfig, part_of
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run
@@ -188,20 +187,6 @@ def test_a_changed_or_missing_output_file_is_noticed(tmp_path, many_rows):
     (tmp_path / "out" / manifest["outputs"][0]["file"]).unlink()
     with pytest.raises(UserError, match="has changed"):
         filtered(source, tmp_path / "out")
-
-
-def test_machines_that_start_together_all_mark_the_folder(tmp_path, monkeypatch):
-    put_in_place = manifest.put_in_place
-
-    def after_another(temporary, path):
-        monkeypatch.setattr(manifest, "put_in_place", put_in_place)
-        manifest.mark_unfinished(tmp_path, {"rule": "x_y"}, "2/2")
-        put_in_place(temporary, path)
-
-    monkeypatch.setattr(manifest, "put_in_place", after_another)
-    manifest.mark_unfinished(tmp_path, {"rule": "x_y"}, "1/2")
-    (mark,) = tmp_path.iterdir()
-    assert mark.name == manifest.UNFINISHED and json.loads(mark.read_text()) == {"rule": "x_y"}
 
 
 # Runs the filter, and kills it where it would give a file its name.

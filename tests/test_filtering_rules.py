@@ -181,6 +181,9 @@ def test_selection_options_come_before_the_rule():
     assert pairs(rows, created_before="2023-01-01T00:00:02") == ["a>b"]  # without c>a, a is unbeaten
     assert pairs(rows, created_from="2023-01-01T00:00:03") == ["b>d"]
     assert pairs(rows, created_from="2023-01-01T01:00:03+01:00") == ["b>d"]
+    # Half a second, and a little more: a>b, at second 1, is before both.
+    assert pairs(rows, created_from="2023-01-01T00:00:01.500000") == pairs(rows[1:]) == ["c>a", "b>d"]
+    assert pairs(rows, created_before="2023-01-01T00:00:01.600000") == ["a>b"]
     assert pairs(rows, models=["model of a", "model of b"]) == ["a>b"]
     assert dropped(rows, models=["model of a", "model of b"]) == {"other_model": 2}
     more = [*rows, row("e>f", 4, caption="dog")]
