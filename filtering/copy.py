@@ -131,12 +131,11 @@ def images_in_order(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made by a thread of their own that is up to LOOK_AHEAD of them ahead."""
-    end = object()
+    """The same items, none of them None, made by a thread of their own that is up to LOOK_AHEAD of them ahead."""
     with ThreadPoolExecutor(1) as thread:
-        coming = deque(thread.submit(next, items, end) for _ in range(LOOK_AHEAD))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, items, end))
+        coming = deque(thread.submit(next, items, None) for _ in range(LOOK_AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
             yield item
 
 

@@ -197,9 +197,9 @@ def card(pair: Shown, jpegs: Jpegs | None) -> str:
 def thumbnail(jpeg: bytes | None, uid: str) -> str:
     """An <img> of the picture, or a grey box that says why there is none."""
     try:
-        image = Image.open(io.BytesIO(jpeg or b""))
-        image.draft("RGB", (SIDE, SIDE))  # decodes at a fraction of the size, where the format can
-        image = image.convert("RGB")
+        stored = Image.open(io.BytesIO(jpeg or b""))
+        stored.draft("RGB", (SIDE, SIDE))  # decodes at a fraction of the size, where the format can
+        image = stored.convert("RGB")
         image.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""The mark of an unfinished folder. (What the manifest says is tested where the filter runs: test_filter_pickapic.py.)"""
+"""The mark of an unfinished folder. What the manifest says is tested in test_filter_pickapic.py."""
 
 from __future__ import annotations
 
