@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from filter_data import SCHEMA, filtered, random_rows, row, write_shards
+from filter_data import config as filter_config
 from PIL import Image
 from pipelines import jpeg, save_dataset
-from test_filter_pickapic import SCHEMA, filtered, random_rows, row, write_shards
-from test_filter_pickapic import config as filter_config
 
 import filter_pickapic
 from ncp.common.config import parse

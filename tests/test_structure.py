@@ -1,4 +1,4 @@
-"""The house: imports go down only, files are short, and the three training scripts are one file but for the objective."""
+"""Imports go down only, files are short, and the three training scripts are one file but for the objective."""
 
 import ast
 import graphlib
@@ -6,11 +6,11 @@ import inspect
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from support import ROOT
 
 PROGRAMS = ("train_ncp_dpo", "train_ncp_cpo", "train_ncp_sft", "filter_pickapic", "cache_latents", "evaluate")
 # Floors, from the ground up. A module belongs to the first prefix that fits it.
