@@ -7,7 +7,7 @@ frozen encoder is the only copy of the old model.
     accelerate launch train_ncp_cpo.py --config configs/sd15_ncp_cpo.yaml [--any_key value ...]
 
 `space: latent` is Diffusion-CPO. The paper gives no lambda: near the centre of the sigmoid the first
-term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (README).
+term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (docs/settings.md).
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ lower it on winners, relative to the reference, more than on losers.
 
 `space: latent` is plain Diffusion-DPO. Where this departs from the paper's print: the mean instead of
 the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a derivative for the small difference
-of eq. 13 (`secant`, README).
+of eq. 13 (`secant`, docs/precision.md).
 """
 
 from collections.abc import Sequence
