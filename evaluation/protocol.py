@@ -72,7 +72,7 @@ class EvaluationConfig:
     seed: int = option(0, low=0, doc="with the prompt's text and the sample's number, decides the noise")
     scheduler: str = option("pipeline", choices=SCHEDULERS, doc="sampler; pipeline: the base model's own")
     num_inference_steps: int = option(50, low=1, doc="sampler steps")
-    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance")
+    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance; 1 or less: none")
     resolution: int = option(512, low=8, doc="side of the images, in pixels")
     mixed_precision: str = option("fp16", choices=("no", "fp16", "bf16"), doc="of weights and arithmetic")
     batch_size: int = option(8, low=1, doc="images drawn or scored at once, per process")
