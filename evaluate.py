@@ -52,8 +52,8 @@ def compare(config: EvaluationConfig) -> None:
     from evaluation.votes import count_votes
 
     with one_writer(Path(config.output_dir)):
-        count = count_votes(config) if config.votes else None
-        write_report(config, compare(config), count)
+        votes = count_votes(config) if config.votes else None
+        write_report(config, compare(config), votes)
 
 
 def annotate(config: EvaluationConfig) -> None:

@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 
 from evaluation.compare import CurvePoint, Result
-from evaluation.sections import comparison
+from evaluation.sections import pair_text
 from evaluation.votes import Tally
 
 COLOURS = ("#2563a8", "#c2571a", "#3a8a4d", "#8a4fa3", "#a33b3b", "#5a6472")
@@ -37,14 +37,14 @@ def win_rates(results: list[Result]) -> bytes:
         colour = COLOURS[judges.index(r.judge) % len(COLOURS)]
         axes.plot([100 * r.low, 100 * r.high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
         axes.plot(100 * r.win_rate, place, "o", color=colour, markersize=7)
-        labels.append(f"{r.judge}: {comparison(r)}" if several else r.judge)
+        labels.append(f"{r.judge}: {pair_text(r)}" if several else r.judge)
     axes.axvline(50, color="#888888", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(results)), labels)
     axes.set_ylim(len(results) - 0.5, -0.5)
     low, high = (f([100 * v for r in results for v in (r.low, r.high) if v == v] + [50]) for f in (min, max))
     axes.set_xlim(max(-2, min(30, low - 5)), min(102, max(70, high + 5)))
     title = "win-rate in %, with 95% interval over prompts"
-    axes.set_xlabel(title if several else f"{comparison(results[0])}: {title}")
+    axes.set_xlabel(title if several else f"{pair_text(results[0])}: {title}")
     _bare(axes)
     return _png(figure)
 
@@ -91,7 +91,7 @@ def votes(tallies: list[Tally]) -> bytes:
                           color="black" if dark else "white")  # fmt: skip
             left += width
     axes.axvline(50, color="#444444", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(tallies)), [f"{t.question}: {comparison(t)}" for t in tallies])
+    axes.set_yticks(range(len(tallies)), [f"{t.question}: {pair_text(t)}" for t in tallies])
     axes.set_ylim(len(tallies) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of pairs in %: wins (blue), ties (grey), losses (orange)")

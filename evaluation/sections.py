@@ -28,7 +28,7 @@ def win_rate_section(results: list[Result]) -> Section | None:
     rows = [
         [
             r.judge,
-            comparison(r),
+            pair_text(r),
             str(r.prompts) + (f" ({r.left_out} without scores)" if r.left_out else ""),
             win_rate_text(r),
             p_value_text(r.p_value),
@@ -50,7 +50,7 @@ def win_rate_section(results: list[Result]) -> Section | None:
 
 def category_section(results: list[Result]) -> Section | None:
     """The comparisons by category. None if there is one category only."""
-    rows = [[r.judge, comparison(r), r.category, str(r.prompts), win_rate_text(r)] for r in results if r.category]
+    rows = [[r.judge, pair_text(r), r.category, str(r.prompts), win_rate_text(r)] for r in results if r.category]
     head = ["judge", "comparison", "category", "prompts", "win-rate [95% interval]"]
     note = "Few prompts per category make wide intervals."
     return Section("By category", head, rows, note, foldable=True, in_terminal=False) if rows else None
@@ -76,7 +76,7 @@ def vote_section(count: VoteCount) -> Section:
     rows = [
         [
             t.question,
-            comparison(t),
+            pair_text(t),
             str(t.pairs),
             f"{t.wins} / {t.ties} / {t.losses}",
             win_rate_text(t),
@@ -100,7 +100,7 @@ def vote_section(count: VoteCount) -> Section:
 # ---------------------------------------------------------------- cells
 
 
-def comparison(result: Result | Tally) -> str:
+def pair_text(result: Result | Tally) -> str:
     return f"{result.model} over {result.reference}"
 
 

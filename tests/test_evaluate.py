@@ -137,3 +137,11 @@ def test_every_key_is_read_by_a_step(assets, tmp_path):
     evaluate.count(config("--votes", str(votes)))
     keys = {f.name for f in dataclasses.fields(EvaluationConfig)}
     assert keys - read == {key for keys in WEIGHT_KEYS.values() for key in keys}
+
+
+def test_intervals_are_of_the_configured_number_of_resamples(assets, out, monkeypatch):
+    asked = []
+    for function in ("compare_all", "curves"):
+        monkeypatch.setattr(f"evaluation.compare.{function}", lambda *given: asked.append(given[-1]) or [])
+    compare(configured(assets, out, "--bootstrap_samples", "123"))
+    assert asked == [123, 123]
