@@ -1,26 +1,16 @@
-"""One configuration for generate, score and compare, and what the steps leave for one another.
-
-OUTPUT_DIR/protocol.json    what decides an image, and the models, with the hashes of their weights
-OUTPUT_DIR/images/MODEL/    one PNG per prompt and sample
-OUTPUT_DIR/index.parquet    one row per image
-OUTPUT_DIR/scores.parquet   one row per image and scorer
-"""
+"""The evaluation's settings: one configuration for all its steps, and the checks that need nothing but it."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ncp.common.config import one_item_each, option
 from ncp.common.errors import UserError
-from ncp.common.processes import misunderstanding
 
-# An image is a function of these, of the model's weights, of its prompt and of its sample number; of nothing else.
+# Keys. An image is a function of these, of the model's weights, of its prompt and of its sample's number; nothing else.
 PROTOCOL = (
     "pretrained_model_name_or_path",
     "revision",
@@ -38,11 +28,22 @@ SCORERS = (
     *("pickscore", "hpsv2", "hpsv2.1", "clip", "aesthetic", "imagereward"),
     *("oracle_overall", "oracle_appeal", "oracle_alignment"),
 )
-NAME = r"[\w.+-]+"
+# The keys that say where a scorer's weights are.
+WEIGHT_KEYS = {
+    "pickscore": ("pickscore_model", "clip_h_processor"),
+    "hpsv2": ("hpsv2_checkpoints", "clip_h_processor"),
+    "hpsv2.1": ("hpsv2_checkpoints", "clip_h_processor"),
+    "clip": ("clip_l_model",),
+    "aesthetic": ("aesthetic_checkpoint", "clip_l_model"),
+    "imagereward": ("imagereward_model",),
+}
+MODEL_NAME = r"[\w.+-]+"
 
 
 @dataclass(kw_only=True)
-class Config:
+class EvaluationConfig:
+    """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
+
     # models
     pretrained_model_name_or_path: str = option(doc="base pipeline: diffusers folder or hub id, SD or SDXL")
     revision: str | None = option(None, doc="hub revision of the base pipeline")
@@ -71,7 +72,7 @@ class Config:
     seed: int = option(0, low=0, doc="with the prompt's text and the sample's number, decides the noise")
     scheduler: str = option("pipeline", choices=SCHEDULERS, doc="sampler; pipeline: the base model's own")
     num_inference_steps: int = option(50, low=1, doc="sampler steps")
-    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance")
+    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance; 1 or less: none")
     resolution: int = option(512, low=8, doc="side of the images, in pixels")
     mixed_precision: str = option("fp16", choices=("no", "fp16", "bf16"), doc="of weights and arithmetic")
     batch_size: int = option(8, low=1, doc="images drawn or scored at once, per process")
@@ -98,8 +99,8 @@ class Config:
     report_prompts: int = option(
         100, low=1, doc="prompts whose images go into report.html: extremes, and a random rest"
     )
-    annotate: bool = option(False, doc="write a blinded page for human judges instead of the report")
-    annotate_prompts: int | None = option(100, low=1, doc="prompts on that page, drawn at random; null: all")
+    # human judges
+    annotate_prompts: int | None = option(100, low=1, doc="prompts on the judges' page, drawn at random; null: all")
     votes: list[str] = option([], doc="votes exported from the page, one JSON file per judge")
 
     def check(self) -> None:
@@ -117,7 +118,7 @@ class Config:
             for entry in getattr(self, key):
                 name, equals, path = entry.partition("=")
                 if (
-                    not re.fullmatch(NAME, name)
+                    not re.fullmatch(MODEL_NAME, name)
                     or (equals and not path)
                     or (not equals and (key, name) != ("models", "base"))
                 ):
@@ -125,11 +126,12 @@ class Config:
                     raise UserError(
                         f"{key}: '{entry}'; expected {also}NAME=PATH, a name of letters, digits and . _ + -"
                     )
-        names = [name for name, _ in entries([*self.models, *self.runs])]
+        names = [name for name, _ in named_paths([*self.models, *self.runs])]
         if repeated := {n for n in names if names.count(n) > 1}:
             raise UserError(f"models, runs: the name '{min(repeated)}' is given twice")
 
     def protocol(self) -> dict[str, Any]:
+        """The keys of PROTOCOL and their values."""
         return {key: getattr(self, key) for key in PROTOCOL}
 
     def described(self) -> str:
@@ -142,101 +144,16 @@ class Config:
 
     @property
     def model_names(self) -> list[str]:
-        return [name for name, _ in entries(self.models)]
+        """The configured models, the reference first; without the checkpoints of runs."""
+        return [name for name, _ in named_paths(self.models)]
+
+    def source_of(self, scorer: str) -> str:
+        """Where a scorer's weights or code come from: what must not change within one table of scores."""
+        if scorer in WEIGHT_KEYS:
+            return " and ".join(getattr(self, key) for key in WEIGHT_KEYS[scorer])
+        return "tiny/oracle.py" if scorer in SCORERS else scorer
 
 
-def entries(listed: list[str]) -> list[tuple[str, str]]:
+def named_paths(listed: list[str]) -> list[tuple[str, str]]:
     """(name, path) of NAME=PATH entries; the path of a bare `base` is empty."""
-    return [entry.partition("=")[::2] for entry in listed]
-
-
-def processes() -> Any:
-    """accelerate's view of this process: device, index, how many there are. Without a GPU they meet on the CPU.
-
-    Raises UserError if that is not what the launcher says.
-    """
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if reason := misunderstanding(state.num_processes):
-        raise UserError(reason)
-    return state
-
-
-# ---------------------------------------------------------------- files of a step
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then renames: whoever finds the file finds it whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_table(rows: list[dict[str, Any]], path: Path, schema: Any) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
-
-
-def read_table(path: Path, step: str) -> Any:
-    """A parquet table that an earlier step wrote. Raises UserError naming that step if it is not there, or damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run evaluate.py {step} first, with this config") from None
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-def index_schema() -> Any:
-    import pyarrow as pa
-
-    text, number = pa.string(), pa.int64()
-    columns = {"model": text, "weights": text, "prompt_number": number, "prompt": text, "category": text}
-    return pa.schema(list((columns | {"sample": number, "seed": number, "file": text}).items()))
-
-
-def read_protocol(config: Config) -> dict[str, Any]:
-    """What `generate` noted in the output folder. Raises UserError if it is missing or of another protocol."""
-    path = Path(config.output_dir) / "protocol.json"
-    try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        was = noted["protocol"]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run evaluate.py generate first, with this config") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-    if changed := [f"{k} {was.get(k)!r}, now {v!r}" for k, v in config.protocol().items() if was.get(k) != v]:
-        raise UserError(
-            f"output_dir: the images in {config.output_dir} were drawn with another protocol ({'; '.join(changed)}); "
-            "restore it, or choose another output_dir"
-        )
-    return noted
-
-
-def read_index(config: Config) -> list[dict[str, Any]]:
-    """One row per image, as `generate` left them.
-
-    Raises UserError if they are of another protocol or other models than the config's, or if images are missing.
-    """
-    folder, noted = Path(config.output_dir), read_protocol(config)["models"]
-    rows = read_table(folder / "index.parquet", "generate").to_pylist()
-    if absent := sorted(set(config.model_names) - {r["model"] for r in rows}):
-        raise UserError(f"models: no images of {', '.join(absent)} in {folder}; run evaluate.py generate")
-    for name, path in entries(config.models):
-        if path and (was := noted.get(name, {}).get("path")) != path:
-            raise UserError(f"models: the images of '{name}' are by {was}, not by {path}; run evaluate.py generate")
-    if missing := [r["file"] for r in rows if not (folder / r["file"]).is_file()]:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(rows)} images are missing, such as {missing[0]}; "
-            "run evaluate.py generate again, which draws what is missing"
-        )
-    return rows
+    return [(name, path) for name, _, path in (entry.partition("=") for entry in listed)]

@@ -23,7 +23,7 @@ FLOORS = (
     ("tiny", "benchmarks"),  # which use the programs
 )
 # What the evaluation knows of the embedded default: its prompts and its judge, which import nothing above them.
-GROUND = ("tiny.world", "tiny.oracle")
+GROUND = ("tiny", "tiny.world", "tiny.oracle")
 LINES = 350
 SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, the figures on the progress bar
     "dpo": ("DPO", "ncp_dpo", "images_per_sample=2", '"loss", "accuracy", "margin", "winner_drift"'),
