@@ -102,7 +102,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config file ({getattr(error, 'strerror', None) or error})") from None
     try:
         content = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, such as 2023-02-30
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
