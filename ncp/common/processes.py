@@ -66,7 +66,7 @@ def tied(command: Sequence[object]) -> list[str]:
 
 
 def launcher_mismatch(num_processes: int) -> str | None:
-    """A line that says why accelerate sees another number of processes than the launcher started; None if it does not."""
+    """Why accelerate sees another number of processes than the launcher started, in one line; None if it does not."""
     launched = os.environ.get("WORLD_SIZE", "")
     if launched.isdecimal() and int(launched) != num_processes:
         what = "set ACCELERATE_USE_CPU=true, which joins processes that have no GPU"

@@ -24,7 +24,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
-            # The policy, the reference and the encoder share the weights of one frozen U-Net; sharding would separate them.
+            # Policy, reference and encoder share the weights of one frozen U-Net; sharding would separate them.
             raise UserError(
                 f"accelerate is configured for {engine}, which is not supported; use DDP (docs/robustness.md)"
             )

@@ -121,8 +121,8 @@ class Guard:
     def together(self, step: int, work: Iterator[Any]) -> bool:
         """Does this process's share of some work, piece by piece; False if a signal or the time limit ends it.
 
-        Before each piece all processes agree whether to go on, so that a signal to one of them stops all. A piece should
-        take seconds. A share may be empty. step: the last one that is finished.
+        Before each piece all processes agree whether to go on, so that a signal to one of them stops all. A piece
+        should take seconds. A share may be empty. step: the last one that is finished.
         """
         more, end = True, object()
         while self.stopped is None:
