@@ -170,7 +170,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(as_text, value))}]"
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.15g}"
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.15g}".replace("e-0", "e-")
     return str(value)
 
 
