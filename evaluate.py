@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluation.protocol import Config, processes
 from ncp.common.config import parse
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError, run_program
 from ncp.common.lock import one_writer
 
 STEPS = ("generate", "score", "compare")
@@ -54,4 +54,4 @@ def join_lists(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

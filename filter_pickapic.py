@@ -61,7 +61,7 @@ import ncp
 from ncp import filter_report
 from ncp.common import hub
 from ncp.common.config import option, parse
-from ncp.common.errors import UserError, run
+from ncp.common.errors import UserError, run_program
 from ncp.common.files import sha256
 from ncp.common.judgements import read_judgements
 from ncp.common.lock import is_empty, one_writer
@@ -876,4 +876,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)
