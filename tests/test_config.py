@@ -9,7 +9,6 @@ import pytest
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from evaluation import protocol
 from ncp.common.config import option, parse, save_yaml
 from ncp.common.errors import UserError, run_program
 
@@ -157,23 +156,6 @@ def test_saved_config_reads_back(tmp_path):
 def test_rules_across_keys(script, extra, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse(SCRIPTS[script].Config, [*REQUIRED, *extra])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "several"),
-    [
-        ("models", "base,lam=LORA", "[base, lam=LORA]"),
-        ("models", "a=x, b=y", "[a=x, b=y]"),
-        ("runs", "a=x,b=y", "[a=x, b=y]"),
-        ("scorers", "clip,aesthetic", "[clip, aesthetic]"),
-    ],
-)
-def test_models_in_a_row_without_brackets_are_told_how_to_be_written(tmp_path, key, value, several):
-    argv = ["--config", str(ROOT / "configs/eval_tiny.yaml")]
-    with pytest.raises(UserError, match=re.escape(f"{key}: '{value}' is one item; several are written {several}")):
-        parse(protocol.Config, [*argv, f"--{key}", value])
-    (tmp_path / "odd, name").mkdir()  # a comma in a path is none of a list
-    assert parse(protocol.Config, [*argv, "--models", f"a={tmp_path}/odd, name"]).models == [f"a={tmp_path}/odd, name"]
 
 
 @dataclasses.dataclass(kw_only=True)

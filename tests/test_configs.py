@@ -15,6 +15,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from ncp.common.config import grouped, parse
+from ncp.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
@@ -97,6 +98,25 @@ def test_published_training_settings(file):
     assert large or 10 <= steps // config.checkpointing_steps <= 14  # a dozen points to look at
     if kind == "dpo":
         assert config.beta == 2500
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "several"),
+    [
+        ("models", "base,lam=LORA", "[base, lam=LORA]"),
+        ("models", "a=x, b=y", "[a=x, b=y]"),
+        ("runs", "a=x,b=y", "[a=x, b=y]"),
+        ("scorers", "clip,aesthetic", "[clip, aesthetic]"),
+    ],
+)
+def test_models_in_a_row_without_brackets_are_told_how_to_be_written(tmp_path, key, value, several):
+    argv = ["--config", str(ROOT / "configs/eval_tiny.yaml")]
+    with pytest.raises(UserError, match=re.escape(f"{key}: '{value}' is one item; several are written {several}")):
+        parse(PROGRAMS["evaluate.py"], [*argv, f"--{key}", value])
+    (tmp_path / "odd, name").mkdir()  # a comma in a path is none of a list
+    assert parse(PROGRAMS["evaluate.py"], [*argv, "--models", f"a={tmp_path}/odd, name"]).models == [
+        f"a={tmp_path}/odd, name"
+    ]
 
 
 @pytest.mark.parametrize("name", ["pickapic_validation", "partiprompts", "hpdv2"])
