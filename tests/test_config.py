@@ -12,7 +12,6 @@ import train_ncp_sft
 from ncp.common.config import option, parse, save_yaml
 from ncp.common.errors import UserError, run_program
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
