@@ -71,7 +71,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
         for field in members:
             text = f"{field.metadata['doc']} ({accepted(field, hints[field.name])}; {default_of(field)})"
             # A bare --flag means true; everything else needs its value.
-            flag = {"nargs": "?", "const": "true"} if hints[field.name] is bool else {}
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[field.name] is bool else {}
             section.add_argument(
                 f"--{field.name}", default=dataclasses.MISSING, metavar="VALUE", help=text.replace("%", "%%"), **flag
             )
