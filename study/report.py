@@ -2,9 +2,9 @@
 
     python -m study.report objectives
 
-For each arm: score, gain and win-rate over the base, winner drift, seconds. For each pair of arms: the win-rate of one over
-the other (same prompt, same noise, same place in the list of seeds) at the last step, and the difference of their gains at
-equal training time. Intervals cover seeds and prompts (study/statistics.py). Plots go beside the table.
+For each arm: score, gain and win-rate over the base, winner drift, seconds. For each pair of arms: the win-rate of one
+over the other (same prompt, same noise, same place in the list of seeds) at the last step, and the difference of their
+gains at equal training time. Intervals cover seeds and prompts (study/statistics.py). Plots go beside the table.
 """
 
 from __future__ import annotations
