@@ -23,14 +23,17 @@ from ncp.common.errors import UserError, run_program
 from study.statistics import at_time, hierarchical_interval, verdict, win_indicator
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
+from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
 class ArmResults:
-    """Scores (seeds, points, prompts) of an arm by one judge, at steps and seconds (seeds, points); drift at the end."""
+    """Scores (seeds, points, prompts) of an arm by one judge, at steps (points,) and seconds (seeds, points).
+
+    drift: held-out winner drift at the last step, (seeds,).
+    """
 
     scores: np.ndarray
     steps: np.ndarray

@@ -36,7 +36,7 @@ BASE = "base"
 
 
 def program(*arguments: object, log: Path) -> None:
-    """Runs one of the project's programs, its output in a log file. Raises UserError, with its last line, if it fails."""
+    """Runs one of the project's programs, its output in a log file. Raises UserError, with the last line, on failure."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
