@@ -4,12 +4,14 @@
 
 Two questions, by block of the frozen base U-Net and by timestep, on the embedded preference dataset:
 
-  closer      Of two images of a prompt, which is more like a third? The oracle (tiny/oracle.py) measures size, position,
-              colours, texture and finish of each; the share of triplets in which a distance agrees with it. The images
-              are noised alike to the timestep. 50% is chance.
+  closer      Of two images of a prompt, which is more like a third? The oracle (tiny/oracle.py) measures size,
+              position, colours, texture and finish of each; the share of triplets in which a distance agrees with it.
+              The images are noised alike to the timestep. 50% is chance.
   preferred   Which image of a judged pair does the base model fit better: on which is its diffusion loss smaller, in
               features (eq. 13 at t-1) and in latent space (eq. 3), with the same noise? The share of decisive pairs in
               which that is the annotators' winner.
+
+Intervals are over prompts: triplets and games of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 import train_ncp_dpo
@@ -100,6 +101,7 @@ def closer(distance: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
 def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Rows of the two tables, by what is compared: one entry per timestep."""
     models = load()
+    assert models.pipe is not None  # without a cache
     images, games = read_images()
     keys = [(prompt, uid) for prompt, by_uid in images.items() for uid in by_uid]
     place = {key: k for k, key in enumerate(keys)}
@@ -133,11 +135,13 @@ def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         }
         for name, values in distances.items():
             found = [closer(pairwise(values[g]), pairwise(torch.from_numpy(truth[g]))) for g in groups]
-            near[name].append(share(*map(sum, zip(*found, strict=True))))
+            near[name].append(share(found))
         for name, parts in losses.items():
             loss = torch.cat(parts)
-            right = sum(bool(loss[place[p, w]] < loss[place[p, lo]]) for p, w, lo in games)
-            preferred[name].append(share(right, len(games)))
+            by_prompt: dict[str, list[bool]] = defaultdict(list)
+            for prompt, winner, loser in games:
+                by_prompt[prompt].append(bool(loss[place[prompt, winner]] < loss[place[prompt, loser]]))
+            preferred[name].append(share([(sum(found), len(found)) for found in by_prompt.values()]))
     return near, preferred
 
 
@@ -158,9 +162,12 @@ def one_step(
     return {"features": models.encoder(x_t, time, **c), "losses": losses}
 
 
-def share(right: int, total: int) -> str:
-    low, high = binomtest(right, total).proportion_ci()
-    return f"{right / total:.1%} [{low:.1%}, {high:.1%}]"
+def share(counts: list[tuple[int, int]]) -> str:
+    """The share of agreements in (agreements, cases) of each prompt, with the 95% bootstrap interval over prompts."""
+    right, total = np.array(counts, dtype=float).T
+    rows = np.random.default_rng(0).integers(len(right), size=(2000, len(right)))
+    low, high = np.quantile(right[rows].sum(1) / total[rows].sum(1), [0.025, 0.975])
+    return f"{right.sum() / total.sum():.1%} [{low:.1%}, {high:.1%}]"
 
 
 def main() -> None:

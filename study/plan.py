@@ -51,21 +51,22 @@ class Plan:
     max_prompts: int
     seeds: list[int]
     arms: list[Arm]
+    output_dir: Path
 
     @property
     def folder(self) -> Path:
-        return Path("output/study") / self.name
+        return self.output_dir / self.name
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         return self.folder / "runs" / f"{arm.name}-{seed}"
 
     def data_folder(self, arm: Arm) -> Path:
         """Of the filtered dataset, which arms and plans with the same filter keys share."""
-        return self.folder.parent / "data" / "-".join(f"{k}={v}" for k, v in sorted(arm.data.items()))
+        return self.output_dir / "data" / "-".join(f"{k}={v}" for k, v in sorted(arm.data.items()))
 
 
-def read_plan(path: Path) -> Plan:
-    """Raises UserError for a plan with an unknown or a missing key, or an arm without a training config."""
+def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
+    """Reads a plan. Raises UserError for a plan with an unknown or a missing key, or an arm without a training config."""
     content = read_yaml(path)
     if unknown := sorted(set(content) - KEYS):
         raise UserError(f"{path}: unknown key '{unknown[0]}'; expected some of: {', '.join(sorted(KEYS))}")
@@ -83,4 +84,5 @@ def read_plan(path: Path) -> Plan:
         data = content.get("data", {"rule": "absolute_winners"}) | keys.pop("data", {})
         steps = sorted(keys.pop("steps", content["steps"]))
         arms.append(Arm(name, config, steps, data, content.get("common", {}) | keys))
-    return Plan(path.stem, content["about"], prompts, content.get("max_prompts", 88), content["seeds"], arms)
+    count, seeds = content.get("max_prompts", 88), content["seeds"]
+    return Plan(path.stem, content["about"], prompts, count, seeds, arms, output_dir)

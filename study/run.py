@@ -36,7 +36,7 @@ BASE = "base"
 
 
 def program(*arguments: object, log: Path) -> None:
-    """Runs one of the project's programs, its output in a log file. Raises UserError, with the last line, on failure."""
+    """Runs one of the project's programs, its output in a log file. Raises UserError with the last line if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
@@ -139,8 +139,8 @@ def heldout_drift(folder: Path, step: int) -> float | None:
     return until[-1] if until else None
 
 
-def write_results(plan: Plan, scores: Path) -> Path:
-    """study/results/PLAN.csv: arm, seed, step, seconds, drift, judge, then one column per prompt."""
+def write_results(plan: Plan, scores: Path, folder: Path) -> Path:
+    """FOLDER/PLAN.csv: arm, seed, step, seconds, drift, judge, then one column per prompt."""
     rows = [r for r in pq.read_table(scores).to_pylist() if r["scorer"].removeprefix("oracle_") in JUDGES]
     prompts = sorted({r["prompt_number"] for r in rows})
     table = {(r["model"], r["scorer"], r["prompt_number"]): r["score"] for r in rows}
@@ -157,8 +157,8 @@ def write_results(plan: Plan, scores: Path) -> Path:
             head = [arm.name, seed, step, seconds, "" if drift is None else f"{drift:.4f}"]
         for judge in JUDGES:
             writer.writerow([*head, judge, *(f"{table[name, f'oracle_{judge}', p]:.4f}" for p in prompts)])
-    path = RESULTS / f"{plan.name}.csv"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / f"{plan.name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(path, buffer.getvalue())
     write_text(path.with_suffix(".yaml"), yaml.safe_dump(environment(), sort_keys=False))
     return path
@@ -167,14 +167,17 @@ def write_results(plan: Plan, scores: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    plan = read_plan(parser.parse_args().plan)
+    parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="for datasets, runs and pictures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    args = parser.parse_args()
+    plan = read_plan(args.plan, args.output_dir)
     runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]  # every arm once before any twice
     print(
         f"{plan.about}: {len(plan.arms)} arms x {len(plan.seeds)} seeds, on {plan.max_prompts} {plan.prompts} prompts"
     )
     for arm, seed in tqdm(runs, desc="trained"):
         train(plan, arm, seed)
-    print(f"wrote {write_results(plan, evaluate(plan))}; python -m study.report {plan.name} shows it")
+    print(f"wrote {write_results(plan, evaluate(plan), args.results)}; python -m study.report {plan.name} shows it")
 
 
 if __name__ == "__main__":
