@@ -3,8 +3,8 @@
     python -m study.agreement
 
 For each rule: of the decisive rows that it keeps, and of those that it removes, by reason, the share whose winner
-scores more by `overall` of tiny/oracle.py, with the 95% interval of Clopper and Pearson. 50% is noise. The annotators weigh
-appeal and alignment each in their own way, so that even an annotator who never errs does not reach 100%.
+scores more by `overall` of tiny/oracle.py, with the 95% interval of Clopper and Pearson. 50% is noise. The annotators
+weigh appeal and alignment each in their own way, so that even one who never errs does not reach 100%.
 """
 
 from __future__ import annotations

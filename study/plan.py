@@ -66,7 +66,7 @@ class Plan:
 
 
 def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
-    """Reads a plan. Raises UserError for a plan with an unknown or a missing key, or an arm without a training config."""
+    """Reads a plan. Raises UserError for an unknown or a missing key, and for an arm without a training config."""
     content = read_yaml(path)
     if unknown := sorted(set(content) - KEYS):
         raise UserError(f"{path}: unknown key '{unknown[0]}'; expected some of: {', '.join(sorted(KEYS))}")
