@@ -1,7 +1,11 @@
-"""Tests of pages need a real browser; where there is none, the rest runs, and the last lines say what was left out."""
+"""Shared fixtures; and what this machine cannot run is left out, and named in the last lines.
+
+Tests of pages need a real browser; where there is none, the rest runs.
+"""
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,22 @@ def browser():
         instance = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         yield instance
         instance.close()
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    """A folder of random pipelines, `sd`, `sd-v` (v-prediction) and `xl`, and `data`: 12 pairs. Not to be changed.
+
+    Made in half a second, once in each process of the suite. `runs.arguments` trains on it.
+    """
+    from pipelines import save_dataset, save_pipeline  # slow imports, which many tests do without
+
+    folder = tmp_path_factory.mktemp("assets")
+    save_pipeline(folder / "sd")
+    save_pipeline(folder / "sd-v", prediction_type="v_prediction")
+    save_pipeline(folder / "xl", xl=True)
+    save_dataset(folder / "data" / "train.parquet")
+    return folder
 
 
 @pytest.hookimpl(optionalhook=True)
