@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from pipelines import SIDE
+from pipelines import SIDE, save_dataset
 from safetensors.torch import load_file
 from support import ROOT, python
 
@@ -20,6 +20,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from ncp.common import lock
+from ncp.common.config import parse
 from ncp.common.errors import run_program
 from ncp.training.engine import make_accelerator
 from ncp.training.models import Models, load_models
@@ -126,6 +127,15 @@ def loaded(config: TrainingConfig, images: int) -> tuple[Models, dict[str, Any]]
     dataset = PairDataset(config, open_pairs(config), shape, description.num_timesteps, images)
     batch = next(iter(loader(dataset, config, 0, 0, 1)))
     return load_models(config, description, accelerator), batch
+
+
+def small_dataset(folder: Path, *extra: str, **columns: Any) -> tuple[train_ncp_dpo.Config, PairDataset]:
+    """(config, samples) of a DPO run on 12 rows, columns replaced as in `save_dataset`. There is no model."""
+    data = save_dataset(folder / "data" / "train.parquet", **columns).parent
+    argv = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--dataset_name", str(data)]
+    argv += ["--resolution", "32", "--cache_dir", str(folder / "cache"), "--dataloader_num_workers", "0", *extra]
+    config = parse(train_ncp_dpo.Config, argv)
+    return config, PairDataset(config, open_pairs(config), (4, 16, 16), 1000, images=2)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from support import python
+from runs import as_a_process
+from support import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
@@ -33,10 +31,9 @@ def test_a_step_is_timed_by_phase_beside_the_straightforward_one(tmp_path):
 def test_the_straightforward_arrangement_computes_the_same_loss():
     import step
 
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     arguments = ["--config", "configs/tiny_ncp_dpo.yaml", "--train_batch_size", "4", "--mixed_precision", "no"]
-    arm = step.Arm("straightforward", "tiny", [*arguments, "--secant", "1"])
+    with as_a_process():
+        arm = step.Arm("straightforward", "tiny", [*arguments, "--secant", "1"])
     for name, p in arm.m.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 from evaluation import protocol
-from ncp.common.config import option, parse, save
+from ncp.common.config import option, parse, save_yaml
 from ncp.common.errors import UserError
 from ncp.common.errors import run_program as run
 
@@ -136,7 +136,7 @@ def test_command_line_mistakes(argv, message):
 
 def test_saved_config_reads_back(tmp_path):
     config = parse(Small, ["--name", "n: #", "--rate", "1e-8", "--words", "[a, 'b, #: c']"])
-    save(config, tmp_path / "saved.yaml")
+    save_yaml(config, tmp_path / "saved.yaml")
     assert parse(Small, ["--config", str(tmp_path / "saved.yaml")]) == config
 
 

@@ -3,32 +3,23 @@
 import io
 import random
 import re
-import sys
 import zlib
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from pipelines import jpeg, save_dataset, save_pipeline
-from test_scripts import ROOT, SCRIPTS, arguments, run_here
+from pipelines import jpeg, save_dataset
+from runs import SCRIPTS, arguments, refusal, run_here
+from support import ROOT
 
+import ncp.training.run
 from ncp.common.config import parse
 from ncp.common.errors import Stopped, UserError
-from ncp.common.errors import run_program as run
 from ncp.training.images import Unreadable, decode_image, resize_crop_flip
 
 TOKEN = "hf_" + "a1B2" * 9
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
 
 
 class Loaded(BaseException):
@@ -37,23 +28,17 @@ class Loaded(BaseException):
 
 def start(kind: str, argv: list[str], monkeypatch, capsys) -> str:
     """What the script says if it refuses, "" if it would load a model; whatever else it does fails the test."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
 
     def loaded(*_):
         raise Loaded
 
-    monkeypatch.setattr(models, "load_models", loaded)
-    monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
+    monkeypatch.setattr(ncp.training.run, "load_models", loaded)
     try:
-        run(SCRIPTS[kind].main)
+        said = refusal(SCRIPTS[kind].main, argv, capsys)
     except Loaded:
         return ""
-    except SystemExit as stop:
-        said = capsys.readouterr().err
-        assert stop.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and len(said) < 20_000, said
-        return said
-    raise AssertionError("the script neither stopped nor went on")
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 20_000, said
+    return said
 
 
 # ---------------------------------------------------------------- configs
@@ -111,10 +96,10 @@ def test_a_few_bytes_of_yaml_do_not_become_a_message_of_gigabytes(assets, tmp_pa
     "extra",
     [["--learning_rate", "1e6"], ["--beta", "1e300"], ["--lora_alpha", "1e300"], ["--adam_weight_decay", "1e6"]],
 )
-def test_extreme_numbers_end_with_a_line_or_a_finite_result(assets, tmp_path, monkeypatch, extra):
+def test_extreme_numbers_end_with_a_line_or_a_finite_result(assets, tmp_path, extra):
     argv = arguments(assets, tmp_path / "out", *extra, "--max_train_steps", "4", "--max_skipped_steps", "2")
     try:
-        run_here("dpo", argv, monkeypatch)
+        run_here("dpo", argv)
     except Stopped as stop:
         assert "not finite" in str(stop)
     from safetensors.torch import load_file
@@ -141,9 +126,7 @@ def test_a_token_is_neither_accepted_nor_repeated(assets, tmp_path, monkeypatch,
 def test_a_token_in_the_environment_is_written_nowhere(assets, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     argv = arguments(assets, tmp_path / "out", "--report_to", "tensorboard")
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    run_here("sft", argv, monkeypatch)
+    run_here("sft", argv)
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -243,7 +226,7 @@ def test_damaged_bytes_are_a_picture_or_unreadable():
 # ---------------------------------------------------------------- rows
 
 
-def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, monkeypatch, capsys):
+def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, capsys):
     captions = [
         "x " * 5000,
         "",
@@ -262,13 +245,13 @@ def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, monke
     uids = ["../../evil", "/etc/passwd", *[f"a{i}" for i in range(10)]]
     folder = save_dataset(tmp_path / "d" / "t.parquet", caption=captions, jpg_0=images, image_0_uid=uids).parent
     extra = ["--dataset_name", str(folder), "--max_train_steps", "12", "--corrupt_images", "skip"]
-    run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--logging_steps", "12"), monkeypatch)
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--logging_steps", "12"))
     said = capsys.readouterr()
     assert "9 decisive pairs of 12 rows" in said.out and "3 without a caption" in said.out  # one is a space
     assert "9 distinct; 2 of them longer than 77 tokens" in said.out
     assert {p.name for p in tmp_path.iterdir()} == {"d", "out"}
     with pytest.raises(UserError, match=r"t\.parquet row 1[01], jpg_0, uid a[89]: unreadable image"):
-        run_here("dpo", arguments(assets, tmp_path / "out2", *extra[:4]), monkeypatch)
+        run_here("dpo", arguments(assets, tmp_path / "out2", *extra[:4]))
 
 
 COLUMNS = {
@@ -298,11 +281,11 @@ def test_columns_of_another_kind_are_named(assets, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_long_prompts_are_counted_to_the_token(assets, tmp_path, monkeypatch, capsys):
+def test_long_prompts_are_counted_to_the_token(assets, tmp_path, capsys):
     # One byte is one token of this tokenizer; two of the 77 frame the prompt.
     captions = ["a" * 75, "a" * 76, "é" * 37, "é" * 38, *["short"] * 8]
     file = save_dataset(tmp_path / "d.parquet", caption=captions)
-    run_here("sft", arguments(assets, tmp_path / "out", "--dataset_name", str(file)), monkeypatch)
+    run_here("sft", arguments(assets, tmp_path / "out", "--dataset_name", str(file)))
     said = capsys.readouterr()
     assert "5 distinct; 2 of them longer than 77 tokens" in said.out and "truncated" not in said.err
     assert parse(SCRIPTS["sft"].Config, ["--config", str(tmp_path / "out" / "config.yaml")]).dataset_name == str(file)

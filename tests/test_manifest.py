@@ -1,18 +1,18 @@
 """What filter_pickapic.py says of a dataset reaches the run that trains on it: screen, tracker, model card."""
 
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 from pipelines import save_pipeline
-from test_scripts import arguments, run_here
+from runs import arguments, run_here
 
 import filter_pickapic
-import train_ncp_sft
-from ncp import data
 from ncp.common.config import parse
 from ncp.common.errors import UserError
+from ncp.training.pairs import Pairs, open_pairs
+from ncp.training.settings import TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +20,14 @@ def assets(tmp_path_factory) -> Path:
     """An SD pipeline, and the embedded dataset as filter_pickapic.py leaves it."""
     folder = tmp_path_factory.mktemp("assets")
     save_pipeline(folder / "sd")
-    before, sys.argv = sys.argv, ["filter_pickapic.py"]
-    sys.argv += ["--dataset_name", "tiny/data", "--output_dir", str(folder / "data"), "--rule", "x_y"]
-    try:
-        filter_pickapic.main()
-    finally:
-        sys.argv = before
+    filter_pickapic.main(["--dataset_name", "tiny/data", "--output_dir", str(folder / "data"), "--rule", "x_y"])
     return folder
 
 
-def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, monkeypatch, capsys):
+def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, capsys):
     manifest = json.loads((assets / "data" / "manifest.json").read_text())
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "1", "--report_to", "tensorboard")
-    run_here("sft", argv, monkeypatch)
+    run_here("sft", argv)
     pairs, prompts = manifest["pairs"]["total"], manifest["pairs"]["unique_prompts"]
     line = f"rule x_y: {pairs:,} pairs of {manifest['rows']['input']:,} rows of tiny/data, {prompts:,} prompts"
     assert pairs > 20 and f"filtered: {line}" in capsys.readouterr().out
@@ -41,14 +36,12 @@ def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, monkeypatch, cap
     assert line in " ".join(logged.split())
 
 
-def opened(folder: Path) -> data.Pairs:
+def opened(folder: Path) -> Pairs:
     extra = ["--dataset_name", str(folder), "--cache_dir", str(folder.parent / "arrow")]
-    return data.open_pairs(parse(train_ncp_sft.Config, arguments(folder, folder / "out", *extra)))
+    return open_pairs(parse(TrainingConfig, arguments(folder, folder / "out", *extra)))
 
 
 def copied(assets: Path, tmp_path: Path) -> Path:
-    import shutil
-
     shutil.copytree(assets / "data", tmp_path / "data")
     return tmp_path / "data"
 
