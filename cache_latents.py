@@ -79,8 +79,14 @@ def batches(images: Images, positions: list[int], config: Config) -> Iterator[di
     """The images at these positions, a few at a time. Raises UserError at an unreadable image."""
     size = max(1, PIXELS_PER_BATCH // config.resolution**2)
     chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
-    workers = {"num_workers": config.dataloader_num_workers, "worker_init_fn": end_with_run}
-    for batch in DataLoader(images, batch_sampler=chunks, collate_fn=collate, **workers):
+    loader = DataLoader(
+        images,
+        batch_sampler=chunks,
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers,
+        worker_init_fn=end_with_run,
+    )
+    for batch in loader:
         if "error" in batch:
             raise UserError(batch["error"], everywhere=False)
         yield batch

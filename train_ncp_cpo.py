@@ -57,7 +57,8 @@ def ncp_cpo(
         d_theta = displacement(x_theta)
         loss_theta = mean_square(d_theta)  # eq. 13
 
-    return cpo_loss(*loss_theta.chunk(2), beta=config.beta, lam=config.lam)  # eq. 15
+    theta_w, theta_l = loss_theta.chunk(2)
+    return cpo_loss(theta_w, theta_l, config.beta, config.lam)  # eq. 15
 
 
 def main(argv: Sequence[str] | None = None) -> None:

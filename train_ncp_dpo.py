@@ -62,7 +62,8 @@ def ncp_dpo(
         d_theta = displacement(x_theta, near=(x_ref, d_ref))
         loss_theta, loss_ref = mean_square(d_theta), mean_square(d_ref)  # eq. 13
 
-    return dpo_loss(*loss_theta.chunk(2), *loss_ref.chunk(2), beta=config.beta)  # eq. 14
+    (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
+    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta)  # eq. 14
 
 
 def main(argv: Sequence[str] | None = None) -> None:

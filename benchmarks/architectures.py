@@ -34,7 +34,7 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-CLIP_L = {
+CLIP_L: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -46,7 +46,7 @@ CLIP_L = {
     "eos_token_id": 513,
     "pad_token_id": 513,
 }
-CLIP_BIG_G = CLIP_L | {
+CLIP_BIG_G: dict[str, Any] = CLIP_L | {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -85,7 +85,7 @@ NAMES = ("sd15", "sdxl")
 
 
 def description(name: str) -> Description:
-    """What `ncp.models.describe` would say of the published pipeline."""
+    """What `ncp.training.pipeline.describe` would say of the published pipeline."""
     vae = VAE | ({"scaling_factor": 0.13025, "force_upcast": True} if name == "sdxl" else {"scaling_factor": 0.18215})
     texts = [CLIP_L, CLIP_BIG_G] if name == "sdxl" else [CLIP_L]
     kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline

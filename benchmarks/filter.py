@@ -169,7 +169,8 @@ def pandas_rows(folder: Path) -> list[int]:
     """A loop over prompts, and within it over rows, with sets and dictionaries."""
     kept = []
     for _, games in pandas_frame(folder).groupby("caption"):
-        latest, not_absolute = {}, set()
+        latest: dict[str, Any] = {}
+        not_absolute: set[str] = set()
         for game in games.itertuples():
             if game.label_0 == 0.5:
                 not_absolute |= {game.image_0_uid, game.image_1_uid}
@@ -234,6 +235,7 @@ def launch(*arguments: object) -> tuple[float, float, float]:
     command = tied([sys.executable, *arguments])
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         decided = None
+        assert process.stdout and process.stderr
         for line in process.stdout:
             if line.startswith("images"):
                 decided = time.perf_counter() - start
@@ -248,7 +250,8 @@ def launch(*arguments: object) -> tuple[float, float, float]:
 
 def decision(folder: Path, engines: list[str], rounds: int) -> dict[str, Any]:
     """Seconds and peak memory of each engine, which must agree; pandas runs once, the others `rounds` times."""
-    figures, expected = {}, None
+    figures: dict[str, Any] = {}
+    expected = None
     for name in engines:
         times = []
         for _ in range(1 if name.startswith("pandas") else rounds):

@@ -60,17 +60,17 @@ class DownBlockEncoder(nn.Module):
         a block is what it hands to the next one. dtype: another than the weights' costs a copy of the encoder's part
         of them. Raises ValueError for a block that is not there.
         """
-        blocks = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
-        if not blocks or len(set(blocks)) < len(blocks):
-            raise ValueError(f"encoder blocks {blocks}: expected at least one, each once")
+        taps = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
+        if not taps or len(set(taps)) < len(taps):
+            raise ValueError(f"encoder blocks {taps}: expected at least one, each once")
         twin = frozen_twin(unet)
-        if "mid" not in blocks:
-            del twin.down_blocks[max(blocks) + 1 :]
+        if "mid" not in taps:
+            del twin.down_blocks[max(int(tap) for tap in taps) + 1 :]
             twin.mid_block = None
         twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
         if dtype not in (None, twin.dtype):
             twin = copy.deepcopy(twin).to(dtype)
-        return cls(twin, blocks)
+        return cls(twin, taps)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""

@@ -22,15 +22,17 @@ def perceptual_distance(pred_features: Features, target_features: Features) -> t
     Features are one (B, ...) tensor or several; several blocks count equally, each by its own mean.
     The mean, not the printed sum, is what the published beta of 2500 belongs to.
     """
-    if isinstance(pred_features, torch.Tensor):
-        pred_features, target_features = (pred_features,), (target_features,)
-    return mean_square(tuple(p.float() - q.float() for p, q in zip(pred_features, target_features, strict=True)))
+    pairs = zip(_blocks(pred_features), _blocks(target_features), strict=True)
+    return mean_square(tuple(p.float() - q.float() for p, q in pairs))
 
 
 def mean_square(difference: Features) -> torch.Tensor:
     """The mean square of one (B, ...) tensor, or the mean of several's, (B,)."""
-    blocks = (difference,) if isinstance(difference, torch.Tensor) else difference
-    return torch.stack([block.square().flatten(1).mean(1) for block in blocks]).mean(0)
+    return torch.stack([block.square().flatten(1).mean(1) for block in _blocks(difference)]).mean(0)
+
+
+def _blocks(features: Features) -> tuple[torch.Tensor, ...]:
+    return (features,) if isinstance(features, torch.Tensor) else features
 
 
 def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_shipped_config_parses_and_comments_every_key(file):
     kind = file.stem.rpartition("_")[2]
-    other = protocol.Config if file.stem.startswith("eval_") else filter_pickapic.Config
+    other = protocol.Config if file.stem.startswith("eval_") else filter_pickapic.FilterConfig
     cls = SCRIPTS[kind].Config if kind in SCRIPTS else other
     config = parse(cls, ["--config", str(file)])
     lines = file.read_text().splitlines()

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiny import oracle, world
-from tiny.build import DATA, MODEL, judge, schema
+from tiny.preferences import DATA, MODEL, judge, schema
 
 
 def rendered(n: int, seed: int = 0):

@@ -75,6 +75,8 @@ def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
     def forward() -> torch.Tensor:
         return train_ncp_dpo.ncp_dpo(m, m.unet, batch, config)[0].mean()
 
+    assert m.pipe is not None  # without a cache
+    vae = m.pipe.vae
     latents = torch.randn(PICTURES, *m.description.latent_shape(config.resolution), dtype=m.dtype)
     text = torch.randn(2 * PICTURES, *m.description.text_shape, dtype=m.dtype)
     pictures = [torch.rand(config.resolution, config.resolution, 3).numpy() for _ in range(PICTURES)]
@@ -84,7 +86,7 @@ def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
         with torch.no_grad():
             looked = second_time(forward) / PAIRS
             row = second_time(lambda: m.reference(latents.repeat(2, 1, 1, 1), 500, text)) / (2 * PICTURES)
-            decoded = second_time(lambda: m.pipe.vae.decode(latents)) / PICTURES
+            decoded = second_time(lambda: vae.decode(latents)) / PICTURES
     judged = second_time(lambda: oracle.score(pictures, prompts)) / PICTURES
     return {"start": start, "pair": pair, "looked": looked, "row": row, "decoded": decoded, "judged": judged}
 
@@ -98,8 +100,8 @@ def forecast(unit: dict[str, float], train: train_ncp_dpo.Config, evaluate: prot
     def drawn(steps: int, guidance: float) -> float:
         return steps * (2 if guidance > 1 else 1) * unit["row"] + unit["decoded"]
 
-    shown = 2 * len(train.validation_prompts)
-    shown *= drawn(train.validation_num_inference_steps, train.validation_guidance_scale)
+    picture = drawn(train.validation_num_inference_steps, train.validation_guidance_scale)
+    shown = 2 * len(train.validation_prompts) * picture
     draw = count * drawn(evaluate.num_inference_steps, evaluate.guidance_scale)
     return {
         "filter": unit["start"] / 4,

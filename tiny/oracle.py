@@ -19,7 +19,7 @@ import numpy as np
 
 from tiny.world import COLOURS, SHAPES, SIDE, mask, parse
 
-PALETTE = np.float32(list(COLOURS.values())) / 255
+PALETTE = np.array(list(COLOURS.values()), np.float32) / 255
 QUESTIONS = ("overall", "appeal", "alignment")  # the paper's Q1, Q2, Q3
 
 

@@ -29,7 +29,7 @@ import train_ncp_sft
 from ncp.training.images import decode_image
 from ncp.training.inputs import vae_moments
 from ncp.training.models import assemble, lora_config
-from tiny.build import DATA, MODEL
+from tiny.preferences import DATA, MODEL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = 2.0**16  # of the mean loss, as a gradient scaler has it
@@ -161,7 +161,7 @@ def measured(
     script = OBJECTIVES[objective]
     settings = {"pretrained_model_name_or_path": "-", "dataset_name": "-", "output_dir": "-", "space": space}
     config = script.Config(**settings | KEYS[objective] | {"cached_latents": "-"} | keys)
-    description = SimpleNamespace(vae={"scaling_factor": 1.0})
+    description: Any = SimpleNamespace(vae={"scaling_factor": 1.0})
     rows = 2 * s.pairs if objective != "sft" else s.pairs
 
     class Engine:  # what `assemble` asks of accelerate, which has no float16 on a CPU

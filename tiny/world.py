@@ -117,8 +117,8 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     radius = rng.uniform(8, 24)
     cx, cy = SIDE / 2 + rng.uniform(-1, 1, 2) * min(16.0, SIDE / 2 - radius + 2)
     texture, finish = rng.choice(TEXTURES, p=PLAIN_FIRST), rng.choice(FINISHES, p=PLAIN_FIRST)
-    ink = np.float32(COLOURS[scene.colour]) / 255
-    paper = np.float32(COLOURS[scene.background]) / 255
+    ink = np.array(COLOURS[scene.colour], np.float32) / 255
+    paper = np.array(COLOURS[scene.background], np.float32) / 255
 
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     background = np.broadcast_to(paper, (SIDE, SIDE, 3)).copy()

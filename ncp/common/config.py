@@ -19,14 +19,17 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ncp.common.errors import TOKEN, UserError
 from ncp.common.files import write_text
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def option(
@@ -61,7 +64,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
     for name, field in fields.items():
         # A bare --flag means true; everything else needs its value.
-        flag = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
         parser.add_argument(
             f"--{name}", default=dataclasses.MISSING, help=_help(field), metavar=_show(hints[name]), **flag
         )
@@ -110,7 +113,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 def save_yaml(config: Any, path: Path) -> None:
     """Writes a configuration, as YAML that `parse` reads back to the same values, or a mapping."""
-    content = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    content = config if isinstance(config, dict) else dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

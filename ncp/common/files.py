@@ -48,6 +48,11 @@ def put_in_place(temporary: Path, path: Path) -> None:
     _wait_for_disk(path.parent)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is hidden and named as one that is still being written, `.NAME.tmp`."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def remove(path: Path) -> None:
     """Deletes a file or a folder with its content; nothing happens if it is not there."""
     if path.is_dir():

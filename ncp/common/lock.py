@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ncp.common.errors import UserError
+from ncp.common.files import is_temporary
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
     import msvcrt
 
 NAME = ".writer.lock"
@@ -136,8 +137,8 @@ def one_writer(folder: Path, part: str = "1/1", processes: Any = None) -> Iterat
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but, perhaps, a lock."""
-    return all(p.name == NAME for p in folder.iterdir())
+    """Whether a folder holds nothing but, perhaps, a lock and what killed processes left under temporary names."""
+    return all(p.name == NAME or is_temporary(p) for p in folder.iterdir())
 
 
 def _holder(path: Path, start: int, length: int) -> str:

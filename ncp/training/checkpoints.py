@@ -125,7 +125,7 @@ def fault(checkpoint: Path) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """(the newest valid checkpoint in a folder, what is wrong with each newer one)."""
-    skipped = []
+    skipped: list[str] = []
     for candidate in sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True):
         if not (reason := fault(candidate)):
             return candidate, skipped

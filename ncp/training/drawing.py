@@ -37,6 +37,11 @@ def draw(
     pipe: what `load_pipe` gives; unet: the policy or the reference. between: called between sampler steps; it may
     raise, to end the drawing.
     """
+
+    def after_step(pipe: Any, step: int, timestep: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        between()
+        return outputs
+
     vae, parts = pipe.vae, dict(pipe.components)
     parts |= {"unet": unet, "scheduler": scheduler_like(DDIMScheduler, models.description.scheduler)}
     if not isinstance(pipe, StableDiffusionXLPipeline):
@@ -55,7 +60,7 @@ def draw(
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]],
                 output_type="latent",
-                callback_on_step_end=lambda pipe, step, timestep, kwargs: (between(), kwargs)[1],
+                callback_on_step_end=after_step,
             ).images
         images += decode_latents(vae, latents)  # outside autocast: a VAE that needs float32 gets it
     unet.train(training)

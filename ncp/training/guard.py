@@ -81,10 +81,10 @@ class Guard:
         losses, indices, self._stepped = torch.cat(self._losses), self._indices, True
         saturated = torch.cat(self._saturated).mean() > MOST_SATURATED
         self._losses, self._saturated, self._indices = [], [], []
-        bad_loss, bad_gradient, saturated = self._agree(
+        bad_loss, bad_gradient, starts_saturated = self._agree(
             step, ~losses.isfinite().all(), ~torch.as_tensor(grad_norm).isfinite(), saturated
         )
-        if saturated and step == 1:
+        if starts_saturated and step == 1:
             self._say(
                 f"warning: the run starts saturated: |logit| is above {SATURATED:g} for more than {MOST_SATURATED:.0%} "
                 "of the pairs, which then hardly count; choose a smaller beta"

@@ -185,7 +185,8 @@ class Saved:
     """Adds up the bytes that autograd keeps for the backward pass inside the block, storages in `kept` aside."""
 
     def __init__(self, kept: set[int]):
-        self.seen, self.bytes = {}, 0
+        self.seen: dict[int, Any] = {}
+        self.bytes = 0
         self.kept = kept
 
     def __enter__(self) -> Saved:
@@ -249,14 +250,15 @@ class _Attention(torch.autograd.Function):
 @contextmanager
 def norms_in_float32(enabled: bool) -> Iterator[None]:
     """Group and layer norms inside the block take and keep float32, as CUDA's autocast has them (not the CPU's)."""
+    norms: Any = F
     group, layer = F.group_norm, F.layer_norm
     if enabled:
-        F.group_norm = lambda x, n, w, b, eps: group(x.float(), n, w.float(), b.float(), eps).to(x.dtype)
-        F.layer_norm = lambda x, shape, w, b, eps: layer(x.float(), shape, w.float(), b.float(), eps).to(x.dtype)
+        norms.group_norm = lambda x, n, w, b, eps: group(x.float(), n, w.float(), b.float(), eps).to(x.dtype)
+        norms.layer_norm = lambda x, shape, w, b, eps: layer(x.float(), shape, w.float(), b.float(), eps).to(x.dtype)
     try:
         yield
     finally:
-        F.group_norm, F.layer_norm = group, layer
+        norms.group_norm, norms.layer_norm = group, layer
 
 
 @contextmanager

@@ -26,7 +26,7 @@ PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusio
 class Description:
     """What a pipeline folder says of itself: component configs, read without loading a weight."""
 
-    pipeline: type
+    pipeline: Any  # its class
     unet: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
@@ -157,7 +157,7 @@ def scheduler_like(kind: type, source: dict[str, Any], **changes: Any) -> Any:
 
     For the first two StableDiffusionPipeline sets these values too, with a page of warnings. `changes` come last.
     """
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
     if source.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
         raise UserError(f"the pipeline's schedule has zero terminal SNR, which {kind.__name__} cannot sample")
     settings = {"set_alpha_to_one": False, **source, "clip_sample": False, "steps_offset": 1}

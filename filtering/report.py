@@ -1,130 +1,47 @@
-"""The filter's report.html: counts, wins and losses per image, and pairs to look at. One file, opens offline.
-
-`gather` takes what the report needs from the decision, before any image is read; `page` draws it.
-"""
+"""report.html: counts, wins and losses per image, and pairs to look at. One file, opens offline."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-if TYPE_CHECKING:
-    from filter_pickapic import Decision
+from filtering.findings import BINS, CAP, Findings, Shown
+from filtering.settings import FilterConfig
+from filtering.source import Shard, by_row_group, open_shards, read_images
+from ncp.common.errors import UserError
+from ncp.common.files import write_text
 
-SEED = 0x9E3779B97F4A7C15
-REMOVED, KEPT = 12, 24  # pairs on the two contact sheets
 SIDE = 160  # pixels of a thumbnail, at most
-CAP = 6  # wins or losses that are told apart; more count as CAP
 Jpegs = dict[tuple[int, int], "bytes | None"]  # by row and side; without those that cannot be read
-BINS = (1, 2, 3, 5, 9, 17, 33, 65)  # games of a prompt: 1, 2, 3-4, 5-8, ..., 65 or more
 
 
-@dataclass(frozen=True)
-class Side:
-    """One image of a shown pair."""
-
-    uid: str
-    won: bool
-    record: str
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A pair on a contact sheet: a row of the input if it was removed, of the output if it was kept."""
-
-    row: int
-    caption: str
-    note: str
-    sides: tuple[Side, Side]
+def write_report(shards: list[Shard], manifest: dict[str, Any], findings: Findings, config: FilterConfig) -> None:
+    """Writes report.html, with the images that it shows read from the input if removed, from the output if kept."""
+    print("writing the report ...", flush=True)
+    folder, removed, kept = Path(config.output_dir), None, None
+    if not config.metadata_only:
+        written = replace(config, dataset_name=str(folder))
+        removed = images_of(shards, [pair.row for pair in findings.removed])
+        kept = images_of(open_shards(written)[0], [pair.row for pair in findings.kept])
+    write_text(folder / "report.html", page(manifest, findings, removed, kept))
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What the report says beyond the manifest. games: (prompts, prompts with a kept pair) for each of BINS."""
-
-    records: np.ndarray  # (CAP + 1, CAP + 1) images by wins, losses
-    contradictory_images: int
-    contradictory_games: tuple[int, int]  # removed, kept
-    both_ways: int  # pairs of images each of which beat the other
-    games: list[tuple[int, int]]
-    removed: list[Shown]
-    kept: list[Shown]
-
-
-def gather(table: pa.Table, decision: Decision) -> Findings:
-    """Counts and samples. table: the metadata columns that `decide` saw."""
-    games, count = decision.games, np.bincount
-    played = np.zeros(games.images, bool)
-    played[games.winner[games.valid]] = played[games.loser[games.valid]] = True
-    cell = np.minimum(games.wins, CAP) * (CAP + 1) + np.minimum(games.losses, CAP)
-    records = count(cell[played], minlength=(CAP + 1) ** 2).reshape(CAP + 1, CAP + 1)
-
-    both = (games.wins > 0) & (games.losses > 0)
-    decisive = games.valid & ~games.tie
-    contradictory = decisive & (both[games.winner] | both[games.loser])
-    kept = decision.why == 0
-    mutual = np.flatnonzero(decisive & both[games.winner] & both[games.loser])  # few, of which some go both ways
-    forward = games.winner[mutual] * games.images + games.loser[mutual]
-    backward = games.loser[mutual] * games.images + games.winner[mutual]
-    both_ways = np.isin(forward, backward)
-    per_prompt = count(games.prompt[games.valid], minlength=1 + games.prompt.max(initial=0))
-    survives = np.zeros(len(per_prompt), bool)
-    survives[games.prompt[decision.row]] = True
-    bins = [np.searchsorted(BINS, n[n > 0], side="right") - 1 for n in (per_prompt, per_prompt * survives)]
-
-    reasons = [reason.replace("_", " ") for reason in decision.dropped]
-    removed = np.flatnonzero(contradictory & ~kept)
-    removed = removed[sample(games.ranking[removed], REMOVED)].tolist()
-    names = np.where(decision.made_up, ~games.ranking[decision.row], games.ranking[decision.row])
-    shown = sample(names, KEPT).tolist()
-    sources = np.stack(decision.image_sources(), axis=1).reshape(-1, 2, 2)[shown].tolist()
-    used = {*removed, *(row for pair in sources for row, _ in pair)}
-    texts = {row: table.slice(row, 1).to_pylist()[0] for row in used}
-    other_way = set(mutual[both_ways].tolist())
-
-    def show(at: int, name: int, images: list[tuple[int, int]], why: str) -> Shown:
-        """images: (input row, side 0 or 1) of images 0 and 1."""
-        sides = []
-        for row, side in images:
-            won = (side == 0) == bool(decision.first_wins[row])
-            image = games.winner[row] if won else games.loser[row]
-            record = f"{plural(games.wins[image], 'win')}, {plural(games.losses[image], 'loss', 'losses')}"
-            record += f", {plural(games.ties[image], 'tie')}" if games.ties[image] else ""
-            sides.append(Side(texts[row][f"image_{side}_uid"], won, record))
-        first, second = images[0][0], images[1][0]
-        also = "also judged the other way round" if first == second and first in other_way else ""
-        notes = [f"ranking {name}", f"{texts[first]['created_at']:%Y-%m-%d %H:%M}", why, also]
-        return Shown(at, texts[first]["caption"], " · ".join(filter(None, notes)), (sides[0], sides[1]))
-
-    made_up = {True: "made up: nobody judged these two", False: ""}
-    return Findings(
-        records,
-        int(both.sum()),
-        (int((contradictory & ~kept).sum()), int((contradictory & kept).sum())),
-        len(np.unique(forward[both_ways])) // 2,
-        list(zip(*(count(b, minlength=len(BINS)).tolist() for b in bins), strict=True)),
-        [show(r, games.ranking[r], [(r, 0), (r, 1)], reasons[decision.why[r] - 1]) for r in removed],
-        [show(p, names[p], pair, made_up[decision.made_up[p]]) for p, pair in zip(shown, sources, strict=True)],
-    )
-
-
-def sample(ids: np.ndarray, count: int) -> np.ndarray:
-    """Positions of `count` of ids (n,) int64, those whose hash is least: a function of SEED and each id alone."""
-    x = ids.astype(np.uint64) + np.uint64(SEED)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64 (Steele et al. 2014)
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")[:count]
-
-
-def plural(count: int, one: str, more: str | None = None) -> str:
-    return f"{count} {one if count == 1 else more or one + 's'}"
+def images_of(shards: list[Shard], rows: list[int]) -> Jpegs:
+    """Both JPEGs of these rows, from the row groups that hold them; without those that cannot be read."""
+    found: Jpegs = {}
+    for shard, number, keys, inside in by_row_group(shards, np.repeat(rows, 2).astype(np.int64)):
+        with suppress(UserError):
+            for part in read_images(shard, number, keys, inside, keys % 2):
+                found |= {(rows[k // 2], k % 2): image[0].as_py() for k, image in part}
+    return found
 
 
 # ---------------------------------------------------------------- drawing
@@ -278,9 +195,9 @@ def card(pair: Shown, jpegs: Jpegs | None) -> str:
 def thumbnail(jpeg: bytes | None, uid: str) -> str:
     """An <img> of the picture, or a grey box that says why there is none."""
     try:
-        image = Image.open(io.BytesIO(jpeg or b""))
-        image.draft("RGB", (SIDE, SIDE))  # decodes at a fraction of the size, where the format can
-        image = image.convert("RGB")
+        stored = Image.open(io.BytesIO(jpeg or b""))
+        stored.draft("RGB", (SIDE, SIDE))  # decodes at a fraction of the size, where the format can
+        image = stored.convert("RGB")
         image.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)

@@ -8,17 +8,18 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
+from filter_data import STORY, config, filtered, games, jpeg, row, table, write_shards
 from support import python
-from test_filter_pickapic import STORY, config, filtered, games, jpeg, row, table, write_shards
 
-import filter_pickapic as fp
-from ncp import filter_report
+from filtering.findings import Findings, gather, sample
+from filtering.rules import decide
 
 ROOT = Path(__file__).parents[1]
 
 
-def gathered(rows: list[dict], **options: object) -> filter_report.Findings:
-    return filter_report.gather(table(rows), fp.decide(table(rows), config(**options)))
+def gathered(rows: list[dict], **options: object) -> Findings:
+    return gather(table(rows), decide(table(rows), config(**options)))
 
 
 def report(tmp: Path, rows: list[dict], *arguments: object) -> str:
@@ -66,12 +67,12 @@ def test_counts_cap_at_six():
 
 def test_a_sample_depends_on_each_id_alone():
     ids = np.random.default_rng(0).permutation(10_000) - 5000
-    chosen = set(ids[filter_report.sample(ids, 20)].tolist())
+    chosen = set(ids[sample(ids, 20)].tolist())
     assert len(chosen) == 20
-    assert set(np.sort(ids)[filter_report.sample(np.sort(ids), 20)].tolist()) == chosen
+    assert set(np.sort(ids)[sample(np.sort(ids), 20)].tolist()) == chosen
     # Leaving out ids that were not chosen changes nothing; neighbours are not chosen together.
     fewer = np.array([i for i in ids if i in chosen or i % 3])
-    assert set(fewer[filter_report.sample(fewer, 20)].tolist()) == chosen
+    assert set(fewer[sample(fewer, 20)].tolist()) == chosen
     assert np.ptp(list(chosen)) > 5000
 
 
@@ -126,7 +127,7 @@ def test_images_of_removed_games_that_cannot_be_read_do_not_stop_the_filter(tmp_
     source = write_shards(tmp_path / "in", rows, group=1)
     (file,) = (source / "data").iterdir()
     content = bytearray(file.read_bytes())
-    column = fp.pq.ParquetFile(file).metadata.row_group(1).column(9)
+    column = pq.ParquetFile(file).metadata.row_group(1).column(9)
     assert column.path_in_schema == "jpg_0"
     start = column.dictionary_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
