@@ -18,13 +18,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
-def started(command: Sequence[object], **environment: str) -> Iterator[subprocess.Popen]:
+def started(
+    command: Sequence[object], *, stdin: int = subprocess.DEVNULL, **environment: str
+) -> Iterator[subprocess.Popen]:
     """A command that runs in the root of the repository, its output in pipes, during the block and no longer.
 
     It leads a group of its own, which is killed at the end, and is killed itself if this process is.
     """
     process = subprocess.Popen(
         tied(command),
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,8 +41,9 @@ def started(command: Sequence[object], **environment: str) -> Iterator[subproces
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def run(command: Sequence[object], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:

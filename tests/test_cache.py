@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support import torchrun
 
 import cache_latents
+import ncp
 import ncp.training.models
 import ncp.training.run
 import train_ncp_dpo
@@ -190,6 +191,23 @@ def test_an_interrupted_cache_is_continued(assets, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     make(assets, tmp_path / "c")
     assert "already holds this cache" in capsys.readouterr().out
+
+
+def test_another_version_of_this_project_finds_its_cache(assets, tmp_path, monkeypatch, capsys):
+    """Both a finished one, and one that it goes on with."""
+    before = files_of(assets / "cached-sd")
+    shutil.copytree(assets / "cached-sd", tmp_path / "c")
+    manifest = cache.read_cache_manifest(tmp_path / "c")
+    cache.write_cache_manifest(tmp_path / "c", {k: v for k, v in manifest.items() if k != "files"})
+    (tmp_path / "c" / "prompts-00000.safetensors").unlink()
+    monkeypatch.setattr(ncp, "__version__", "99.0")
+    make(assets, assets / "cached-sd")
+    assert "already holds this cache; nothing to do" in capsys.readouterr().out
+    make(assets, tmp_path / "c")
+    assert "1 files" in capsys.readouterr().out  # images stay
+    assert cache.read_cache_manifest(tmp_path / "c")["version"] == "99.0"
+    del before["manifest.json"]
+    assert {name: content for name, content in files_of(tmp_path / "c").items() if name in before} == before
 
 
 def test_two_launched_processes_write_the_cache_of_one(assets, tmp_path):

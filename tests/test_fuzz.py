@@ -1,8 +1,8 @@
 """Bad input of every kind: never a traceback, a hang, a silent use, or a file outside the output folder."""
 
+import ast
 import io
 import random
-import re
 import zlib
 
 import numpy as np
@@ -11,15 +11,18 @@ import pytest
 import yaml
 from PIL import Image
 from pipelines import jpeg, save_dataset
-from runs import SCRIPTS, arguments, refusal, run_here
+from runs import SCRIPTS, arguments, refusal, run_here, weights
 from support import ROOT
 
 import ncp.training.run
-from ncp.common.config import parse
-from ncp.common.errors import Stopped, UserError
+from ncp.common.config import _UniqueKeyLoader, parse
+from ncp.common.errors import DIVERGED, Stopped, UserError
+from ncp.training.checkpoints import fault
 from ncp.training.images import Unreadable, decode_image, resize_crop_flip
+from ncp.training.weights import WEIGHTS
 
 TOKEN = "hf_" + "a1B2" * 9
+ROOMS = ("ncp", "filtering", "evaluation", "tiny", "benchmarks")
 
 
 class Loaded(BaseException):
@@ -92,20 +95,28 @@ def test_a_few_bytes_of_yaml_do_not_become_a_message_of_gigabytes(assets, tmp_pa
     assert "seed is [" in start("dpo", argv, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [["--learning_rate", "1e6"], ["--beta", "1e300"], ["--lora_alpha", "1e300"], ["--adam_weight_decay", "1e6"]],
-)
-def test_extreme_numbers_end_with_a_line_or_a_finite_result(assets, tmp_path, extra):
-    argv = arguments(assets, tmp_path / "out", *extra, "--max_train_steps", "4", "--max_skipped_steps", "2")
-    try:
-        run_here("dpo", argv)
-    except Stopped as stop:
-        assert "not finite" in str(stop)
-    from safetensors.torch import load_file
+TOO_LARGE = [["--learning_rate", "1e6"], ["--beta", "1e300"], ["--lora_alpha", "1e300"], ["--adam_weight_decay", "1e6"]]
+TOO_SMALL = [["--learning_rate", "1e-300"], ["--beta", "1e-300"], ["--adam_epsilon", "1e6"], ["--lora_alpha", "1e-300"]]
 
-    for file in (tmp_path / "out").rglob("*.safetensors"):
-        assert all(v.isfinite().all() for v in load_file(file).values())
+
+@pytest.mark.parametrize("extra", TOO_LARGE, ids=lambda e: e[0])
+def test_numbers_that_are_too_large_end_with_a_line_and_finite_weights(assets, tmp_path, extra):
+    out = tmp_path / "out"
+    argv = arguments(assets, out, *extra, "--max_train_steps", "6", "--max_skipped_steps", "2")
+    with pytest.raises(Stopped, match=r"^stopped at step \d: 2 steps in a row .* not finite; [^\n]*$") as stop:
+        run_here("dpo", argv)
+    assert stop.value.status == DIVERGED and not (out / WEIGHTS).exists()
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert fault(checkpoint) is None and all(v.isfinite().all() for v in weights(checkpoint).values())
+    assert len((out / "skipped_steps.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("extra", TOO_SMALL, ids=lambda e: e[0])
+def test_numbers_that_are_too_small_end_with_a_finite_result(assets, tmp_path, extra):
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra))
+    found = weights(tmp_path / "out")
+    assert found and all(v.isfinite().all() for v in found.values())
+    assert not (tmp_path / "out" / "skipped_steps.jsonl").exists()
 
 
 @pytest.mark.parametrize("key", ["tracker_project_name", "hub_model_id"])
@@ -133,14 +144,49 @@ def test_a_token_in_the_environment_is_written_nowhere(assets, tmp_path, monkeyp
     assert len(files) > 5 and all(TOKEN.encode() not in p.read_bytes() for p in files)
 
 
+CODE_RUNNERS = {"eval", "exec", "compile", "__import__", "load", "loads"}  # as bare names
+CODE_LIBRARIES = {"pickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "runpy"}
+MADE_SAFE = {"torch.load": "weights_only=True", "yaml.load": "_UniqueKeyLoader"}  # the second is a SafeLoader
+UNSAFE = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pd.read_pickle"}
+
+
+def what_runs_code(source: str) -> list[str]:
+    """What in Python source may run code from a file or from the hub."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        text = ast.unparse(node) if isinstance(node, ast.expr | ast.stmt) else ""
+        match node:
+            case ast.keyword(arg="trust_remote_code" | "allow_pickle" | "custom_pipeline" as name):
+                found.append(name)
+            case ast.ImportFrom(module=name) if name and name.partition(".")[0] in CODE_LIBRARIES:
+                found.append(text)
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in CODE_LIBRARIES:
+                found += [text] if name != "UnpicklingError" else []
+            case ast.Call(func=ast.Name(id=name)) if name in CODE_RUNNERS:
+                found.append(text)
+            case ast.Call(func=ast.Attribute() as function):
+                name = ast.unparse(function)
+                found += [text] if name in UNSAFE or MADE_SAFE.get(name, "") not in text else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "pickle.loads(b)", "yaml.load(f, Loader)",
+     "yaml.unsafe_load(f)", "eval(text)", "exec(text)", "AutoModel.from_pretrained(n, trust_remote_code=True)",
+     "np.load(f, allow_pickle=True)", "joblib.load(p)", "from pickle import load", "runpy.run_path(p)",
+     "load(f)"],
+)  # fmt: skip
+def test_what_would_run_code_is_found(line):
+    assert what_runs_code(line)
+
+
 def test_nothing_loads_code_or_pickles():
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("ncp/*.py")]:
-        text = file.read_text()
-        assert "trust_remote_code" not in text and "pickle.load" not in text, file.name
-        assert len(re.findall(r"yaml\.load\(", text)) == len(
-            re.findall(r"yaml\.load\([^\n]*, _UniqueKeyLoader\)", text)
-        ), file.name  # a SafeLoader
-        assert text.count("torch.load(") == text.count("weights_only=True"), file.name
+    files = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
+    assert len(files) > 50
+    found = {f.name: calls for f in files if (calls := what_runs_code(f.read_text(encoding="utf-8")))}
+    assert found == {"install.py": ["runpy.run_module"]}  # which starts pip
+    assert issubclass(_UniqueKeyLoader, yaml.SafeLoader)
 
 
 # ---------------------------------------------------------------- images

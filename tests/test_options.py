@@ -1,6 +1,7 @@
 """Every value of every option runs, is read by what it is for, and makes another run where it should."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -24,29 +25,35 @@ OPTIONS = [
     (["--secant", "1"], SAME),  # which is what auto means in float32
     (["--secant", "16"], OTHER),
     (["--secant_length", "0.05"], SAME),  # of auto in half precision
-    (["--allow_tf32", "false", "--logging_steps", "2"], SAME),
-    (["--max_grad_norm", "1e-6"], OTHER),
     (["--mixed_precision", "bf16", "--gradient_checkpointing", "true", "--channels_last", "true"], OTHER),
     (["--gradient_checkpointing", "true", "--checkpointed_blocks", "[encoder, down0, up2]"], None),  # but for rounding
-    (["--use_8bit_adam", "false"], OTHER),
-    (["--use_ema", "true"], OTHER),
-    (["--use_ema", "true", "--ema_decay", "0.05"], OTHER),
     (["--proportion_empty_prompts", "1"], OTHER),
+    (["--max_train_samples", "3", "--checkpoints_total_limit", "1", "--checkpointing_steps", "1"], OTHER),
+    (["--time_ids", "fixed"], None),  # SDXL's alone
+]
+# What the same lines do for each script: tried with one of them, in turn.
+SHARED = [
+    (["--allow_tf32", "false", "--logging_steps", "2"], SAME),
+    (["--deterministic", "--ddp_timeout", "60", "--max_train_hours", "1"], SAME),
     (["--random_flip", "false"], OTHER),
     (["--center_crop", "false"], OTHER),
-    (["--max_train_samples", "3", "--checkpoints_total_limit", "1", "--checkpointing_steps", "1"], OTHER),
-    (["--deterministic", "--ddp_timeout", "60", "--max_train_hours", "1", "--max_skipped_steps", "1"], SAME),
-    (["--time_ids", "fixed"], None),  # SDXL's alone
     (["--seed", "7"], OTHER),
-    (["--rank", "4", "--lora_alpha", "8"], None),  # other shapes
+    (["--rank", "4"], None),  # other shapes
     (["--lora_alpha", "8"], OTHER),
+    (["--use_ema", "true"], OTHER),
+    (["--use_ema", "true", "--ema_decay", "0.05"], OTHER),
+    (["--use_8bit_adam", "false"], OTHER),
     (["--scale_lr", "true", "--effective_batch_size", "2"], OTHER),
     (["--lr_warmup_steps", "2"], OTHER),
+    (["--max_grad_norm", "1e-6"], OTHER),
     (["--adam_beta1", "0.5"], OTHER),
     (["--adam_beta2", "0.5"], OTHER),
     (["--adam_epsilon", "1e-3"], OTHER),
     (["--adam_weight_decay", "0.5"], OTHER),
 ]
+CASES = [(kind, *option) for kind in SCRIPTS for option in OPTIONS]
+CASES += [(kind, *option) for kind, option in zip(itertools.cycle(SCRIPTS), SHARED, strict=False)]
+NAMES = [f"{kind}{'-'.join(extra)}" for kind, extra, _ in CASES]
 OWN = {"dpo": ["--beta", "5"], "cpo": ["--beta", "5", "--lam", "1"], "sft": ["--loss_weight", "3"]}
 # Tests of their own: files, resuming, held-out pairs, pictures, uploads, trackers, compilers, loader's workers.
 ELSEWHERE = frozenset(
@@ -54,7 +61,7 @@ ELSEWHERE = frozenset(
     revision variant pretrained_vae_model_name_or_path dataset_split cached_latents corrupt_images torch_compile
     resume_from_checkpoint heldout_pairs heldout_steps warn_winner_drift max_winner_drift tracker_project_name
     validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale validation_seed
-    push_to_hub hub_model_id hub_private_repo gradient_accumulation_steps
+    push_to_hub hub_model_id hub_private_repo max_skipped_steps gradient_accumulation_steps
     """.split()  # noqa: SIM905 (a list of twenty quoted names is harder to read)
 )
 
@@ -106,8 +113,9 @@ def run_with(assets, folder, kind: str, extra: list[str]) -> None:
     assert {key for key in given(argv) if not read & {key, *PROPERTIES.get(key, ())}} == set()
 
 
-@pytest.mark.parametrize(("extra", "effect"), OPTIONS, ids=["-".join(o).replace("--", "") for o, _ in OPTIONS])
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize(
+    ("kind", "extra", "effect"), CASES, ids=[f"{kind}{'-'.join(extra)}" for kind, extra, _ in CASES]
+)
 def test_every_value_of_every_option_runs(assets, plain, tmp_path, kind, extra, effect):
     if "--time_ids" in extra:
         effect = OTHER if MODELS[kind] == "xl" else SAME
@@ -131,6 +139,8 @@ def test_every_option_of_one_script_runs(assets, plain, tmp_path, kind, number):
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_no_option_is_left_out_here(assets, tmp_path, kind):
-    tried = given([*arguments(assets, tmp_path), *OWN[kind], *(word for extra, _ in OPTIONS for word in extra)])
+    tried = given(
+        [*arguments(assets, tmp_path), *OWN[kind], *(word for extra, _ in OPTIONS + SHARED for word in extra)]
+    )
     keys = {f.name for f in dataclasses.fields(SCRIPTS[kind].Config)}
     assert keys - tried == ELSEWHERE and tried <= keys

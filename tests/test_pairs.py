@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 from filter_data import SCHEMA, filtered, random_rows, row, write_shards
 from filter_data import config as filter_config
-from filtering.rules import decide
 from pipelines import save_dataset
 from runs import small_dataset
 from support import ROOT
 
+from filtering.rules import decide
 from ncp.common.config import parse
 from ncp.common.errors import UserError
 from ncp.common.judgements import read_judgements

@@ -78,7 +78,7 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
         assert text in done.stdout
     assert "Warning" not in done.stderr and "kernels" not in done.stderr  # a clean first screen
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert {"pytorch_lora_weights.safetensors", "config.yaml", "README.md"} <= names
+    assert {"pytorch_lora_weights.safetensors", "config.yaml", "environment.yaml", "README.md"} <= names
     assert {"validation/step-000001.png", "validation/step-000002.png"} <= names
     assert {"checkpoint-1/manifest.json", "checkpoint-2/manifest.json"} <= names
     assert any("tfevents" in n for n in names)
@@ -117,7 +117,8 @@ def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
     run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine"))
     assert calls["name"] == calls["repo_id"] == "me/mine" and calls["private"] is True
     assert calls["folder_path"] == tmp_path / "out"
-    assert {"pytorch_lora_weights.safetensors", "README.md", "config.yaml"} <= set(calls["allow_patterns"])
+    wanted = {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "environment.yaml"}
+    assert wanted <= set(calls["allow_patterns"])
     assert 'load_lora_weights("me/mine")' in (tmp_path / "out" / "README.md").read_text()
 
 
