@@ -1,6 +1,6 @@
 # make demo   the main job on the embedded default: filter, train NCP-DPO, compare with the base model
 # make test   the test suite
-# make lint   ruff, lint and format
+# make lint   ruff (lint and format) and mypy
 # Each sets up what it needs: a virtual environment in .venv with the pinned requirements.
 # An interrupted call is continued by the same call. Another Python or place: make PYTHON=python3.13 VENV=.venv313 test
 
@@ -68,6 +68,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean-demo:
 	rm -rf $(DEMO)

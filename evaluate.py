@@ -4,54 +4,114 @@
     accelerate launch evaluate.py score --config configs/eval_tiny.yaml
     python evaluate.py compare --config configs/eval_tiny.yaml
 
+And by human judges: a blinded page for them, and the count of the votes that they send back.
+
+    python evaluate.py annotate --config configs/eval_tiny.yaml
+    python evaluate.py count --config configs/eval_tiny.yaml --votes A.json B.json C.json
+
 One config describes the whole protocol. Each step leaves files in `output_dir` that the next one reads, continues
-after an interruption, and refuses to mix protocols. `compare --annotate` writes a blinded page for human judges,
-`compare --votes A.json B.json C.json` counts their votes. docs/evaluation.md says more.
+after an interruption, and refuses to mix protocols. docs/evaluation.md says more.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.protocol import Config, processes
-from ncp.common.config import parse
-from ncp.common.errors import UserError, run
+from evaluation.protocol import EvaluationConfig
+from ncp.common.config import parse, read_yaml
+from ncp.common.errors import UserError, run_program
 from ncp.common.lock import one_writer
 
-STEPS = ("generate", "score", "compare")
+# Each step imports what it needs as it begins: PyTorch and diffusers take seconds, which --help and refusals need not.
 
 
-def main() -> None:
-    step, argv = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    if step in ("-h", "--help"):
-        print(__doc__ + f"\nevaluate.py {STEPS[0]} --help lists the keys.")
-        return
-    if step not in STEPS:
-        raise UserError(f"command line: '{step}'; expected one of: {', '.join(STEPS)}")
-    config = parse(Config, join_lists(argv), description=__doc__)
-    # Imported late: only what a step needs is loaded.
-    if step == "compare":
-        from evaluation.compare import compare
-
-        with one_writer(Path(config.output_dir)):
-            compare(config)
-        return
+def generate(config: EvaluationConfig) -> None:
+    """Draws the images. Several processes may share it."""
     from evaluation.generate import generate
+    from evaluation.processes import processes
+
+    with one_writer(Path(config.output_dir), processes=processes()):
+        generate(config)
+
+
+def score(config: EvaluationConfig) -> None:
+    """Has every judge score every image. Several processes may share it."""
+    from evaluation.processes import processes
     from evaluation.score import score
 
     with one_writer(Path(config.output_dir), processes=processes()):
-        (generate if step == "generate" else score)(config)
+        score(config)
 
 
-def join_lists(argv: list[str]) -> list[str]:
+def compare(config: EvaluationConfig) -> None:
+    """Compares the scores, and writes the report; with the human judges' votes, if the config names them."""
+    from evaluation.compare import compare
+    from evaluation.report import write_report
+    from evaluation.votes import count_votes
+
+    with one_writer(Path(config.output_dir)):
+        votes = count_votes(config) if config.votes else None
+        write_report(config, compare(config), votes)
+
+
+def annotate(config: EvaluationConfig) -> None:
+    """Writes the blinded page for human judges."""
+    from evaluation.annotate import annotate
+
+    with one_writer(Path(config.output_dir)):
+        annotate(config)
+
+
+def count(config: EvaluationConfig) -> None:
+    """Counts the human judges' votes."""
+    from evaluation.report import report_votes
+    from evaluation.votes import count_votes
+
+    with one_writer(Path(config.output_dir)):
+        report_votes(config, count_votes(config))
+
+
+STEPS = {"generate": generate, "score": score, "compare": compare, "annotate": annotate, "count": count}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the step that the first argument names (default: of `sys.argv`), with the config that the others give."""
+    step, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if step in ("-h", "--help"):
+        print(__doc__ + "\nevaluate.py generate --help lists the keys.")
+        return
+    if step not in STEPS:
+        raise UserError(f"command line: '{step}'; expected one of: {', '.join(STEPS)}")
+    refuse_annotate_key(arguments)
+    STEPS[step](parse(EvaluationConfig, join_lists(arguments), description=__doc__))
+
+
+def refuse_annotate_key(arguments: Sequence[str]) -> None:
+    """Raises UserError for `annotate` as a key, on the command line or in the config file: it is a step."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--annotate", nargs="?", const="true")
+    given, _ = parser.parse_known_args(arguments)
+    instead = "is no key; remove it, and for the judges' page run: evaluate.py annotate --config ..."
+    if given.annotate is not None:
+        raise UserError(f"command line: --annotate {instead}")
+    if given.config and "annotate" in read_yaml(given.config):
+        raise UserError(f"{given.config}: 'annotate' {instead}")
+
+
+def join_lists(arguments: Sequence[str]) -> list[str]:
     """`--votes a.json b.json`, as a shell writes `--votes *.json`, in the form of every other list."""
-    if "--votes" not in argv:
-        return argv
-    start = argv.index("--votes") + 1
-    stop = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
-    several = [json.dumps(argv[start:stop], ensure_ascii=False)] if stop > start + 1 else argv[start:stop]
-    return [*argv[:start], *several, *argv[stop:]]
+    arguments = list(arguments)
+    if "--votes" not in arguments:
+        return arguments
+    start = arguments.index("--votes") + 1
+    stop = next((i for i in range(start, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+    votes = arguments[start:stop]
+    joined = [json.dumps(votes, ensure_ascii=False)] if len(votes) > 1 else votes
+    return [*arguments[:start], *joined, *arguments[stop:]]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

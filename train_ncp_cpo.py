@@ -7,7 +7,7 @@ frozen encoder is the only copy of the old model.
     accelerate launch train_ncp_cpo.py --config configs/sd15_ncp_cpo.yaml [--any_key value ...]
 
 `space: latent` is Diffusion-CPO. The paper gives no lambda: near the centre of the sigmoid the first
-term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (README).
+term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (docs/settings.md).
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,19 @@ from ncp.training.settings import TrainingConfig
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
-    lam: float = option(2500.0, low=0, doc="lambda, the weight of the winner's own loss; about beta")
+    beta: float = option(
+        2500.0,
+        above=0,
+        group="objective",
+        doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
+        "2500",
+    )
+    lam: float = option(
+        2500.0,
+        low=0,
+        doc="lambda, the weight of the winner's own loss beside the preference. The paper gives no value; far below "
+        "beta it has no effect",
+    )
 
 
 def ncp_cpo(

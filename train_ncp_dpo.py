@@ -9,7 +9,7 @@ lower it on winners, relative to the reference, more than on losers.
 
 `space: latent` is plain Diffusion-DPO. Where this departs from the paper's print: the mean instead of
 the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a derivative for the small difference
-of eq. 13 (`secant`, README).
+of eq. 13 (`secant`, docs/precision.md).
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,13 @@ from ncp.training.settings import TrainingConfig
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
+    beta: float = option(
+        2500.0,
+        above=0,
+        group="objective",
+        doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
+        "2500",
+    )
 
 
 def ncp_dpo(

@@ -1,3 +1,3 @@
-"""Evaluation in three steps that leave files for one another: images, scores, comparison."""
+"""Evaluation in steps that leave files for one another: images, scores, comparison; and human judges' votes."""
 
 import ncp  # noqa: F401  (keeps library notices off the screen)

@@ -8,27 +8,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocol import Config, read_index, write_atomically
-from evaluation.report import embed, put, small
+from evaluation.pages import fill_template, script_json, thumbnail_url
+from evaluation.protocol import EvaluationConfig
+from evaluation.tables import read_index
+from evaluation.votes import QUESTIONS, read_key
 from ncp.common.errors import UserError
+from ncp.common.files import write_text
 
 TEMPLATE = Path(__file__).with_name("annotate.html")
-# The paper's Q2, Q1, Q3: appeal comes first, because afterwards the judge has seen the prompt.
-QUESTIONS = {
-    "appeal": "Which image is more visually appealing?",
-    "overall": "Which image do you prefer, given the prompt?",
-    "alignment": "Which image better fits the text of the prompt?",
-}
-ANSWERS = ("left", "right", "tie", "abstain")
 SIDE = 1024  # pixels of an image on the page, at most
 
 
-def write_page(config: Config) -> None:
+def annotate(config: EvaluationConfig) -> None:
     """Writes `annotation/page.html` and `annotation/key.json` into the output folder.
 
     Raises UserError if there are no two models, or if another page's key would be overwritten.
     """
-    pairs = blind(config, read_index(config))
+    pairs = blinded_pairs(config, read_index(config))
     page = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]
     folder = Path(config.output_dir) / "annotation"
     if (folder / "key.json").exists() and read_key(folder / "key.json")["page"] != page:
@@ -41,22 +37,26 @@ def write_page(config: Config) -> None:
         "pairs": [
             {
                 "prompt": pair["prompt"],
-                **{side: small(Path(config.output_dir) / pair[f"{side}_file"], SIDE, 92) for side in ("left", "right")},
+                **{
+                    side: thumbnail_url(Path(config.output_dir) / pair[f"{side}_file"], SIDE, quality=92)
+                    for side in ("left", "right")
+                },
             }
             for pair in pairs
         ],
     }
     key = {"page": page, "pairs": [{k: pair[k] for k in ("prompt", "left", "right")} for pair in pairs]}
-    write_atomically(folder / "key.json", lambda file: file.write_text(json.dumps(key, indent=1), encoding="utf-8"))
-    text = put(TEMPLATE, {"DATA": embed(content)})
-    write_atomically(folder / "page.html", lambda file: file.write_text(text, encoding="utf-8"))
+    text = fill_template(TEMPLATE, {"DATA": script_json(content)})
+    folder.mkdir(exist_ok=True)
+    write_text(folder / "key.json", json.dumps(key, indent=1))
+    write_text(folder / "page.html", text)
     print(f"{len(pairs)} pairs, {len(QUESTIONS)} questions each")
     print(f"send to each judge: {folder / 'page.html'} ({len(text.encode()) / 2**20:.1f} MiB, opens offline)")
     print(f"keep to yourself:   {folder / 'key.json'}")
-    print("then: evaluate.py compare --config ... --votes votes-*.json")
+    print("then: evaluate.py count --config ... --votes votes-*.json")
 
 
-def blind(config: Config, index: list[dict[str, Any]]) -> list[dict[str, str]]:
+def blinded_pairs(config: EvaluationConfig, index: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The pairs in the page's order: prompt, models left and right, and their files. Of each prompt the first sample.
 
     Which prompts, their order and sides are decided by hashes of seed and pair, not by what else is on the page.
@@ -76,17 +76,3 @@ def blind(config: Config, index: list[dict[str, Any]]) -> list[dict[str, str]]:
         sides = {"left": left, "right": right, "left_file": files[left, prompt], "right_file": files[right, prompt]}
         pairs.append({"prompt": prompt, **sides})
     return sorted(pairs, key=lambda p: draw("order", p["prompt"], *sorted((p["left"], p["right"]))))
-
-
-def read_key(path: Path) -> dict[str, Any]:
-    """Page id, and prompt, left and right model of each pair. Raises UserError if it is missing or damaged."""
-    try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-        if all({"prompt", "left", "right"} <= pair.keys() for pair in key["pairs"]) and key["page"]:
-            return key
-        reason = "a key is missing"
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; evaluate.py compare --annotate writes it beside the page") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error)
-    raise UserError(f"{path}: not the key of a page ({reason})")

@@ -1,21 +1,18 @@
-"""Step 3: win-rates, training curves, the report; and the human judges' page and votes."""
+"""Step 3: win-rates and training curves, computed from the scores. It writes nothing."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from evaluation.protocol import Config, read_index, read_protocol, write_atomically
-from evaluation.score import image_key, read_scores
+from evaluation.protocol import EvaluationConfig
 from evaluation.statistics import bootstrap_interval, prompt_wins, sign_test
+from evaluation.tables import image_key, read_index, read_protocol, read_scores
 from ncp.common.errors import UserError
 
 
@@ -53,7 +50,7 @@ class Result:
 
 
 @dataclass
-class Point:
+class CurvePoint:
     """A checkpoint of a training run by one judge: mean score, and its gain over the first model with a 95% interval.
 
     The interval is that of the gain, over prompts: how prompts differ from one another is not in it.
@@ -69,37 +66,31 @@ class Point:
     high: float
 
 
-def compare(config: Config) -> None:
-    """Writes the human judges' page, or counts their votes, and compares the scores if there are any."""
-    if config.annotate:
-        from evaluation.annotate import write_page
+@dataclass
+class Comparison:
+    """images: the rows of the index. results: of each pair of configured models. points: of the runs' checkpoints."""
 
-        write_page(config)
-        return
-    from evaluation.report import write_report, write_votes
+    images: list[dict[str, Any]]
+    scores: Scores
+    results: list[Result]
+    points: list[CurvePoint]
 
-    ballots = None
-    if config.votes:
-        from evaluation.votes import count_votes
 
-        ballots = count_votes(config)
-        if not (Path(config.output_dir) / "scores.parquet").exists():  # human judges alone
-            write_votes(ballots, Path(config.output_dir))
-            print(f"{text_table(ballots.HEAD, ballots.rows())}\n\n{ballots.note()}")
-            return
-    index = read_index(config)
-    scores = load_scores(config, index)
+def compare(config: EvaluationConfig) -> Comparison:
+    """Compares the configured models, and the checkpoints of runs with the first model, by their scores.
+
+    Raises UserError if images or scores are missing, or are of another protocol.
+    """
+    images = read_index(config)
+    scores = load_scores(config, images)
     results = compare_all(scores, config.model_names, config.bootstrap_samples)
     points = curves(scores, read_protocol(config)["models"], config.bootstrap_samples)
-    write_report(config, index, scores, results, points, ballots)
+    return Comparison(images, scores, results, points)
 
 
-# ---------------------------------------------------------------- scores
-
-
-def load_scores(config: Config, index: list[dict[str, Any]]) -> Scores:
+def load_scores(config: EvaluationConfig, index: list[dict[str, Any]]) -> Scores:
     """The score table as arrays, the configured models first. Raises UserError for images without scores."""
-    rows, _ = read_scores(config)
+    rows = read_scores(config)
     models = list(dict.fromkeys([*config.model_names, *(r["model"] for r in index)]))
     prompts = {r["prompt"]: r["category"] for r in sorted(index, key=lambda r: r["prompt_number"])}
     place = {p: i for i, p in enumerate(prompts)}
@@ -146,94 +137,26 @@ def compare_pair(
         prompts=len(wins), left_out=len(per_prompt) - len(wins),
         wins=won, ties=len(wins) - won - lost, losses=lost,
         win_rate=float(wins.mean()) if len(wins) else math.nan, low=low, high=high, p_value=sign_test(won, lost),
-        reference_mean=_of(np.mean, a), model_mean=_of(np.mean, b),
-        reference_median=_of(np.median, a), model_median=_of(np.median, b),
+        reference_mean=_or_nan(np.mean, a), model_mean=_or_nan(np.mean, b),
+        reference_median=_or_nan(np.median, a), model_median=_or_nan(np.median, b),
     )  # fmt: skip
 
 
-def _of(statistic: Callable, values: np.ndarray) -> float:
+def _or_nan(statistic: Callable, values: np.ndarray) -> float:
     return float(statistic(values)) if len(values) else math.nan
 
 
-def curves(scores: Scores, noted: dict[str, dict], resamples: int) -> list[Point]:
+def curves(scores: Scores, noted: dict[str, dict], resamples: int) -> list[CurvePoint]:
     """Every checkpoint among the models, by each scorer, run and step."""
     points = []
     for judge, table in scores.by_scorer.items():
         for place, name in enumerate(scores.models):
             if (run := noted.get(name, {}).get("run")) is None:
                 continue
-            gains = np.array([_of(np.mean, d[~np.isnan(d)]) for d in table[place] - table[0]])  # per prompt
+            gains = np.array([_or_nan(np.mean, d[~np.isnan(d)]) for d in table[place] - table[0]])  # per prompt
             gains = gains[~np.isnan(gains)]
             low, high = bootstrap_interval(gains, resamples)
-            mean = _of(np.mean, table[place][~np.isnan(table[place])])
+            mean = _or_nan(np.mean, table[place][~np.isnan(table[place])])
             step, seconds = noted[name]["step"], noted[name]["seconds"]
-            points.append(Point(judge, run, step, seconds, mean, _of(np.mean, gains), low, high))
+            points.append(CurvePoint(judge, run, step, seconds, mean, _or_nan(np.mean, gains), low, high))
     return points
-
-
-# ---------------------------------------------------------------- tables
-
-
-def rate(result: Any) -> str:
-    """`result` has win_rate, low and high."""
-    if math.isnan(result.win_rate):
-        return "no scores"
-    return f"{result.win_rate:.1%} [{result.low:.1%}, {result.high:.1%}]"
-
-
-def p_text(p: float) -> str:
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
-
-
-def number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
-
-
-HEAD = ["judge", "comparison", "prompts", "win-rate [95% interval]", "sign test p", "mean", "median"]
-
-
-def table_rows(results: list[Result]) -> list[list[str]]:
-    """The comparisons on all prompts, under HEAD; means and medians are reference -> model."""
-    return [
-        [
-            r.judge,
-            f"{r.model} over {r.reference}",
-            str(r.prompts) + (f" ({r.left_out} without scores)" if r.left_out else ""),
-            rate(r),
-            p_text(r.p_value),
-            f"{number(r.reference_mean)} -> {number(r.model_mean)}",
-            f"{number(r.reference_median)} -> {number(r.model_median)}",
-        ]
-        for r in results
-        if not r.category
-    ]
-
-
-CATEGORY_HEAD = ["judge", "comparison", "category", "prompts", "win-rate [95% interval]"]
-
-
-def category_rows(results: list[Result]) -> list[list[str]]:
-    return [
-        [r.judge, f"{r.model} over {r.reference}", r.category, str(r.prompts), rate(r)] for r in results if r.category
-    ]
-
-
-def text_table(head: Sequence[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows])
-
-
-def markdown_table(head: Sequence[str], rows: list[list[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
-
-
-def write_csv(items: list[Any], kind: type, path: Path) -> None:
-    """A list of dataclass instances, one line each."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, [f.name for f in fields(kind)])
-    writer.writeheader()
-    writer.writerows(asdict(item) for item in items)
-    write_atomically(path, lambda file: file.write_text(buffer.getvalue(), encoding="utf-8", newline=""))

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from evaluation.models import (
@@ -19,9 +21,12 @@ from evaluation.models import (
     has_a_sampler_of_its_own,
     open_pipeline,
 )
+from evaluation.processes import processes
 from evaluation.prompts import read_prompts
-from evaluation.protocol import Config, index_schema, processes, read_protocol, write_atomically, write_table
+from evaluation.protocol import EvaluationConfig
+from evaluation.tables import read_protocol, write_index, write_protocol
 from ncp.common.errors import UserError
+from ncp.common.files import write_file
 
 
 def seed_of(seed: int, prompt: str, sample: int) -> int:
@@ -30,7 +35,7 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def plan(config: Config, models: list[Model], prompts: list[dict[str, str]]) -> list[dict[str, Any]]:
+def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, str]]) -> list[dict[str, Any]]:
     """One row of the index per image, by model, then prompt, then sample."""
     rows = []
     for model in models:
@@ -51,20 +56,17 @@ def plan(config: Config, models: list[Model], prompts: list[dict[str, str]]) -> 
     return rows
 
 
-def generate(config: Config) -> None:
+def generate(config: EvaluationConfig) -> None:
     """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
     base = find_base(config)
     models = find_models(config, base)
     prompts, repeated = read_prompts(config)
     folder = Path(config.output_dir)
-
-    import torch
-
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
     state = processes()
-    models = claim(config, base, models, main=state.is_main_process)
-    rows = plan(config, models, prompts)
+    models = note_models(config, base, models, main=state.is_main_process)
+    rows = image_rows(config, models, prompts)
     todo = [r for r in rows if not (folder / r["file"]).is_file()]
     state.wait_for_everyone()  # no process may draw before all have looked
     if state.is_main_process:
@@ -82,11 +84,10 @@ def generate(config: Config) -> None:
             draw_all(model, config, batches, state)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_table(rows, folder / "index.parquet", index_schema())
-        print(f"wrote {folder / 'index.parquet'}; next: evaluate.py score")
+        print(f"wrote {write_index(config, rows)}; next: evaluate.py score")
 
 
-def claim(config: Config, base: Model, models: list[Model], main: bool) -> list[Model]:
+def note_models(config: EvaluationConfig, base: Model, models: list[Model], main: bool) -> list[Model]:
     """Notes protocol, base and models in the output folder; returns the models under the weights they have in there.
 
     Raises UserError if it holds images of another protocol, over another base, or of a model that has changed since.
@@ -100,7 +101,7 @@ def claim(config: Config, base: Model, models: list[Model], main: bool) -> list[
             f"{config.pretrained_model_name_or_path} has changed since the images in {path.parent} were drawn "
             f"({changed}); restore it, or choose another output_dir"
         )
-    claimed = []
+    noted_models = []
     for model in models:
         images, was = path.parent / "images" / model.name, known.get(model.name)
         if model.name in drawn and was:
@@ -115,16 +116,14 @@ def claim(config: Config, base: Model, models: list[Model], main: bool) -> list[
                     "version; now all models have the base's; remove that folder"
                 )
             model = replace(model, weights=was["weights"])  # by which index and scores know the images
-        claimed.append(model)
+        noted_models.append(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: cannot create {path.parent} ({error.strerror})") from None
     if main:
-        entries = {**known, **{m.name: asdict(m) for m in claimed}}
-        content = {"protocol": config.protocol(), "base": common, "models": entries}
-        write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1), encoding="utf-8"))
-    return claimed
+        write_protocol(config, common, {**known, **{m.name: asdict(m) for m in noted_models}})
+    return noted_models
 
 
 def changed_since(model: Model, was: dict[str, Any]) -> str:
@@ -135,7 +134,7 @@ def changed_since(model: Model, was: dict[str, Any]) -> str:
     return "" if was["weights"] in (model.weights, model.parts.get("unet")) else "weights"
 
 
-def draw_all(model: Model, config: Config, batches: list[list[dict[str, Any]]], state: Any) -> None:
+def draw_all(model: Model, config: EvaluationConfig, batches: list[list[dict[str, Any]]], state: Any) -> None:
     """Draws and saves this process's batches of one model."""
     pipe = open_pipeline(model, config, state.device)
     bar = tqdm(total=sum(map(len, batches)), desc=model.name, unit="image", disable=not state.is_main_process)
@@ -146,11 +145,9 @@ def draw_all(model: Model, config: Config, batches: list[list[dict[str, Any]]], 
     bar.close()
 
 
-def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
+def draw(pipe: Any, rows: list[dict[str, Any]], config: EvaluationConfig) -> list[Any]:
     """One PIL image per row, each from a generator of its own."""
-    import torch
-
-    from ncp.training.drawing import decode_latents
+    from ncp.training.drawing import decode_latents  # here: diffusers takes seconds, and refusals come before
 
     with torch.no_grad():
         latents = pipe(
@@ -165,11 +162,9 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: Config) -> list[Any]:
     return decode_latents(pipe.vae, latents)  # here, because the VAE's precision may be another
 
 
-def save(image: Any, row: dict[str, Any], config: Config) -> None:
+def save(image: Any, row: dict[str, Any], config: EvaluationConfig) -> None:
     """A PNG that says what it is: prompt, model, sample, seed and protocol as text entries."""
-    import diffusers
-    import torch
-    from PIL.PngImagePlugin import PngInfo
+    import diffusers  # here: it takes seconds, and refusals come before
 
     text = PngInfo()
     for key in ("prompt", "model", "sample", "seed"):
@@ -177,4 +172,5 @@ def save(image: Any, row: dict[str, Any], config: Config) -> None:
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
     text.add_itxt("protocol", json.dumps({**config.protocol(), **versions}))
     path = Path(config.output_dir) / row["file"]
-    write_atomically(path, lambda file: image.save(file, "PNG", pnginfo=text))
+    path.parent.mkdir(parents=True, exist_ok=True)  # not earlier: its folder says that a model has images
+    write_file(path, lambda file: image.save(file, "PNG", pnginfo=text))

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocol import Config, entries
+from evaluation.protocol import EvaluationConfig, named_paths
 from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.common.files import sha256
 
 LORA = "pytorch_lora_weights.safetensors"
 # What makes a folder or hub repository one of these, looked for in this order.
-KINDS = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/config.json", "bare unet": "config.json"}
+FILE_OF_KIND = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/config.json", "bare unet": "config.json"}
 WEIGHTS = (".safetensors", ".bin")
 SCHEDULER = "scheduler/scheduler_config.json"
 # Of a scheduler's config, what the weights were trained with; the rest is how to sample.
@@ -25,8 +25,8 @@ SCHEDULE = (
     *("prediction_type", "rescale_betas_zero_snr"),
 )
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that draw nothing here
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-UNET = "UNet2DConditionModel"
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+UNET_CLASS = "UNet2DConditionModel"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Model:
     parts: dict[str, str] = field(default_factory=dict)
 
 
-def find_base(config: Config) -> Model:
+def find_base(config: EvaluationConfig) -> Model:
     """The base pipeline, over which LoRAs and U-Nets are drawn. Raises UserError if it is none."""
     base = find_model("base", config.pretrained_model_name_or_path, config)
     if base.kind != "pipeline":
@@ -55,20 +55,20 @@ def find_base(config: Config) -> Model:
     return base
 
 
-def find_models(config: Config, base: Model) -> list[Model]:
+def find_models(config: EvaluationConfig, base: Model) -> list[Model]:
     """The configured models, then the runs' checkpoints by step. Loads nothing.
 
-    Raises UserError for one that is not there, or that is none of KINDS.
+    Raises UserError for one that is not there, or that is none of FILE_OF_KIND.
     """
     found = []
-    for name, path in entries(config.models):
+    for name, path in named_paths(config.models):
         found.append(find_model(name, path, config) if path else base)
-    for name, path in entries(config.runs):
+    for name, path in named_paths(config.runs):
         found += find_checkpoints(name, Path(path))
     return found
 
 
-def find_model(name: str, path: str, config: Config) -> Model:
+def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
     """The model behind a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
@@ -77,17 +77,17 @@ def find_model(name: str, path: str, config: Config) -> Model:
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
             raise UserError(f"model '{name}': no such file or folder: {path}")
         return _on_hub(name, path, config.revision if path == config.pretrained_model_name_or_path else None)
-    kind = next((k for k, file in KINDS.items() if (place / file).is_file()), None)
+    kind = next((k for k, file in FILE_OF_KIND.items() if (place / file).is_file()), None)
     if kind is None:
         hint = "; name the run's checkpoints in runs" if list(place.glob("checkpoint-*")) else ""
         raise UserError(f"model '{name}': {path} holds neither a pipeline, nor {LORA}, nor a U-Net{hint}")
-    _check_class(name, kind, place / KINDS[kind])
+    _check_class(name, kind, place / FILE_OF_KIND[kind])
     parts = _hash_parts(place, kind, config.variant)
     whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Model(name, kind, path, parts.get("weights", whole), parts=parts)
 
 
-def common_parts(base: Model, config: Config) -> dict[str, str]:
+def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
     """What all images of a protocol share, by name: the base's parts, and those of a VAE that replaces its own."""
     if (vae := config.pretrained_vae_model_name_or_path) is None:
         return base.parts
@@ -113,10 +113,10 @@ def find_checkpoints(run: str, folder: Path) -> list[Model]:
             found.append(Model(f"{run}@{step}", "lora", str(checkpoint), digest, run, int(step), seconds, own))
     if not found:
         raise UserError(f"runs: '{run}': no checkpoint-STEP folder with {LORA} in {folder}")
-    return sorted(found, key=lambda m: m.step)
+    return sorted(found, key=lambda m: m.step or 0)
 
 
-def open_pipeline(model: Model, config: Config, device: Any) -> Any:
+def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     """The model as a diffusers pipeline on its device, in the protocol's precision and with its sampler.
 
     The VAE, its own or the replacement, is in float32 where its config asks for that: SDXL's own overflows in fp16.
@@ -132,7 +132,7 @@ def open_pipeline(model: Model, config: Config, device: Any) -> Any:
     name = model.path if model.kind == "pipeline" else base
     where = {"revision": config.revision if name == base else None, "variant": config.variant}
     replacement = config.pretrained_vae_model_name_or_path
-    vae_from = {"pretrained_model_name_or_path": replacement or name}
+    vae_from: dict[str, str | None] = {"pretrained_model_name_or_path": replacement or name}
     vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
         # Given to the pipeline as it is made, which would complain about schedulers that it then does not use.
@@ -156,7 +156,7 @@ def open_pipeline(model: Model, config: Config, device: Any) -> Any:
     return pipe.to(device)
 
 
-def sampler(model: Model, config: Config) -> Any:
+def sampler(model: Model, config: EvaluationConfig) -> Any:
     """The protocol's sampler: one class and one set of settings for all models, the base's where it says `pipeline`.
 
     What belongs to the weights is a pipeline's own: its noise schedule, and what its U-Net predicts.
@@ -191,7 +191,7 @@ def sampler_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in scheduler.items() if k not in (*SCHEDULE, "_diffusers_version")}
 
 
-def has_a_sampler_of_its_own(model: Model, config: Config) -> bool:
+def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
     """Whether this pipeline's scheduler config names another sampler than the base's, or other settings of it."""
     from ncp.training.pipeline import read_json
 
@@ -210,7 +210,7 @@ def _hash_parts(folder: Path, kind: str, variant: str | None) -> dict[str, str]:
     if kind != "pipeline":
         return {"weights": _hash_weights(folder / "unet" if kind == "unet" else folder, kind, variant)}
     parts = {"unet": _hash_weights(folder / "unet", kind, variant)}
-    for name, value in _json(folder / KINDS["pipeline"]).items():
+    for name, value in _json(folder / FILE_OF_KIND["pipeline"]).items():
         if isinstance(value, list) and value[0] is not None and name not in UNUSED:
             weights = _weights(folder / name, variant)
             files = [f for f in sorted((folder / name).glob("*")) if f.is_file() and f.suffix not in WEIGHTS]
@@ -238,7 +238,7 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for kind, file in KINDS.items():
+    for kind, file in FILE_OF_KIND.items():
         try:
             path = Path(hf_hub_download(repository, file, revision=revision))
         except EntryNotFoundError as error:
@@ -258,7 +258,7 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
 
 def _check_class(name: str, kind: str, file: Path) -> None:
     """Raises UserError if a pipeline's or U-Net's JSON says that it is of another class."""
-    expected = {"pipeline": PIPELINES, "unet": (UNET,), "bare unet": (UNET,)}.get(kind)
+    expected = {"pipeline": PIPELINE_CLASSES, "unet": (UNET_CLASS,), "bare unet": (UNET_CLASS,)}.get(kind)
     if expected and (found := _json(file).get("_class_name")) not in expected:
         raise UserError(f"model '{name}': {file} is of a {found}; expected {' or '.join(expected)}")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
+
+from evaluation.compare import CurvePoint, Result
+from evaluation.sections import pair_text
+from evaluation.votes import Tally
 
 COLOURS = ("#2563a8", "#c2571a", "#3a8a4d", "#8a4fa3", "#a33b3b", "#5a6472")
 
@@ -25,7 +28,7 @@ def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def win_rates(results: list[Any]) -> bytes:
+def win_rates(results: list[Result]) -> bytes:
     """One line per comparison and judge: the win-rate with its 95% interval, and 50% for orientation."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.42 * len(results)))
     labels, judges = [], list(dict.fromkeys(r.judge for r in results))
@@ -34,19 +37,19 @@ def win_rates(results: list[Any]) -> bytes:
         colour = COLOURS[judges.index(r.judge) % len(COLOURS)]
         axes.plot([100 * r.low, 100 * r.high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
         axes.plot(100 * r.win_rate, place, "o", color=colour, markersize=7)
-        labels.append(f"{r.judge}: {r.model} over {r.reference}" if several else r.judge)
+        labels.append(f"{r.judge}: {pair_text(r)}" if several else r.judge)
     axes.axvline(50, color="#888888", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(results)), labels)
     axes.set_ylim(len(results) - 0.5, -0.5)
     low, high = (f([100 * v for r in results for v in (r.low, r.high) if v == v] + [50]) for f in (min, max))
     axes.set_xlim(max(-2, min(30, low - 5)), min(102, max(70, high + 5)))
     title = "win-rate in %, with 95% interval over prompts"
-    axes.set_xlabel(title if several else f"{results[0].model} over {results[0].reference}: {title}")
+    axes.set_xlabel(title if several else f"{pair_text(results[0])}: {title}")
     _bare(axes)
     return _png(figure)
 
 
-def curves(points: list[Any], reference: dict[str, float], name: str, by: str) -> bytes:
+def curves(points: list[CurvePoint], reference: dict[str, float], name: str, by: str) -> bytes:
     """Reward against `by` ("step" or "seconds"), one panel per judge, one line per run.
 
     On the left the gain over the model called `name`, with its 95% interval; on the right the mean score itself.
@@ -74,7 +77,7 @@ def curves(points: list[Any], reference: dict[str, float], name: str, by: str) -
     return _png(figure)
 
 
-def votes(tallies: list[Any], label: Callable[[Any], str]) -> bytes:
+def votes(tallies: list[Tally]) -> bytes:
     """Wins, ties and losses of each comparison and question as one bar of 100%, after the majority of the judges."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.5 * len(tallies)))
     for place, t in enumerate(tallies):
@@ -88,7 +91,7 @@ def votes(tallies: list[Any], label: Callable[[Any], str]) -> bytes:
                           color="black" if dark else "white")  # fmt: skip
             left += width
     axes.axvline(50, color="#444444", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(tallies)), [label(t) for t in tallies])
+    axes.set_yticks(range(len(tallies)), [f"{t.question}: {pair_text(t)}" for t in tallies])
     axes.set_ylim(len(tallies) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of pairs in %: wins (blue), ties (grey), losses (orange)")

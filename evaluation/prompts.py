@@ -9,15 +9,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocol import Config
+from evaluation.protocol import EvaluationConfig
 from ncp.common import hub
 from ncp.common.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # tried in this order, whatever their case
-KINDS = (".txt", ".csv", ".tsv", ".json", ".parquet")
+SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".parquet")
 
 
-def read_prompts(config: Config) -> tuple[list[dict[str, str]], int]:
+def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, str]], int]:
     """([{prompt, category}], number of repeated prompts left out), in the order of the files.
 
     Raises UserError for a file that is missing, unreadable or without prompts, and for a missing column.
@@ -38,23 +38,23 @@ def read_prompts(config: Config) -> tuple[list[dict[str, str]], int]:
     return list(unique.values())[: config.max_prompts], len(found) - len(unique)
 
 
-def _files(config: Config) -> list[Path]:
+def _files(config: EvaluationConfig) -> list[Path]:
     path = Path(config.prompts)
     if path.is_file():
         return [path]
     patterns = config.prompts_files
     if not path.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", config.prompts) or path.suffix in KINDS:
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", config.prompts) or path.suffix in SUFFIXES:
             raise UserError(f"prompts: no such file or folder: {config.prompts}")
         if not patterns:  # a dataset of images can be hundreds of gigabytes
             raise UserError(f"prompts: say which files of the hub dataset '{config.prompts}' in prompts_files")
         path = _from_hub(config.prompts, patterns)
-    names = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in KINDS}
+    names = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES}
     # In the order of the patterns, so that max_prompts takes from the first.
     chosen = dict.fromkeys(n for pattern in patterns or ["*"] for n in names if fnmatch(n, pattern))
     if not chosen:
         wanted = f" that match {', '.join(patterns)}" if patterns else ""
-        raise UserError(f"prompts: no {', '.join(KINDS)} files{wanted} in {config.prompts}")
+        raise UserError(f"prompts: no {', '.join(SUFFIXES)} files{wanted} in {config.prompts}")
     return [names[n] for n in chosen]
 
 
@@ -69,7 +69,7 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def _read(file: Path, config: Config, category: str) -> list[dict[str, str]]:
+def _read(file: Path, config: EvaluationConfig, category: str) -> list[dict[str, str]]:
     """Rows of one file; those without a prompt are left out."""
     try:
         if file.suffix == ".parquet":
@@ -96,7 +96,7 @@ def _read(file: Path, config: Config, category: str) -> list[dict[str, str]]:
     return rows
 
 
-def _parquet(file: Path, config: Config) -> list[dict[str, Any]]:
+def _parquet(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
     """Only the columns that are asked for: Pick-a-Pic's files hold images too."""
     import pyarrow.parquet as pq
 
@@ -104,7 +104,7 @@ def _parquet(file: Path, config: Config) -> list[dict[str, Any]]:
     return pq.read_table(file, columns=[c for c in wanted if c]).to_pylist()
 
 
-def _columns(names: list[str], config: Config, file: Path) -> tuple[str, str | None]:
+def _columns(names: list[str], config: EvaluationConfig, file: Path) -> tuple[str, str | None]:
     """The names of the prompt column and of the category column, if one is asked for."""
     for key in (config.prompt_column, config.category_column):
         if key is not None and key not in names:

@@ -1,26 +1,16 @@
-"""One configuration for generate, score and compare, and what the steps leave for one another.
-
-OUTPUT_DIR/protocol.json    what decides an image, and the models, with the hashes of their weights
-OUTPUT_DIR/images/MODEL/    one PNG per prompt and sample
-OUTPUT_DIR/index.parquet    one row per image
-OUTPUT_DIR/scores.parquet   one row per image and scorer
-"""
+"""The evaluation's settings: one configuration for all its steps, and the checks that need nothing but it."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ncp.common.config import one_item_each, option
 from ncp.common.errors import UserError
-from ncp.common.processes import misunderstanding
 
-# An image is a function of these, of the model's weights, of its prompt and of its sample number; of nothing else.
+# Keys. An image is a function of these, of the model's weights, of its prompt and of its sample's number; nothing else.
 PROTOCOL = (
     "pretrained_model_name_or_path",
     "revision",
@@ -38,69 +28,126 @@ SCORERS = (
     *("pickscore", "hpsv2", "hpsv2.1", "clip", "aesthetic", "imagereward"),
     *("oracle_overall", "oracle_appeal", "oracle_alignment"),
 )
-NAME = r"[\w.+-]+"
+# The keys that say where a scorer's weights are.
+WEIGHT_KEYS = {
+    "pickscore": ("pickscore_model", "clip_h_processor"),
+    "hpsv2": ("hpsv2_checkpoints", "clip_h_processor"),
+    "hpsv2.1": ("hpsv2_checkpoints", "clip_h_processor"),
+    "clip": ("clip_l_model",),
+    "aesthetic": ("aesthetic_checkpoint", "clip_l_model"),
+    "imagereward": ("imagereward_model",),
+}
+MODEL_NAME = r"[\w.+-]+"
 
 
 @dataclass(kw_only=True)
-class Config:
-    # models
-    pretrained_model_name_or_path: str = option(doc="base pipeline: diffusers folder or hub id, SD or SDXL")
-    revision: str | None = option(None, doc="hub revision of the base pipeline")
-    variant: str | None = option(None, doc="weight file variant, such as fp16")
+class EvaluationConfig:
+    """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
+
+    pretrained_model_name_or_path: str = option(
+        group="models", doc="base pipeline, of Stable Diffusion's or SDXL's architecture: diffusers folder or hub id"
+    )
+    revision: str | None = option(
+        None, doc="branch, tag or commit of the base pipeline, if it is a hub id; null: the main branch"
+    )
+    variant: str | None = option(
+        None, doc="variant of the weight files, such as fp16 for files named NAME.fp16.safetensors; null: no variant"
+    )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, doc="another VAE (folder or hub id), such as an fp16-safe one for SDXL; null: the model's own"
+        None,
+        doc="VAE to use instead of the base pipeline's own: folder or hub id, such as an fp16-safe one for SDXL; null: "
+        "the pipeline's own",
     )
     models: list[str] = option(
-        ["base"], doc="base, and NAME=PATH of LoRA, U-Net or pipeline folders or hub ids; the first is the reference"
+        ["base"],
+        doc="models to compare: base (the base pipeline), and NAME=PATH for each other, where PATH is a folder or hub "
+        "id of a LoRA, a U-Net or a pipeline. The first one is the reference",
     )
-    runs: list[str] = option([], doc="NAME=OUTPUT_DIR of training runs: their checkpoints are drawn, for the curves")
-    # prompts
-    prompts: str = option(doc="tiny (embedded), a text, CSV, TSV, JSON or parquet file, a folder, or a hub dataset id")
+    runs: list[str] = option(
+        [],
+        doc="training runs whose checkpoints are drawn and scored too, for curves over training: NAME=FOLDER, their "
+        "output folder",
+    )
+    prompts: str = option(
+        group="prompts",
+        doc="where prompts come from: tiny (those of the embedded world), a text, CSV, TSV, JSON or parquet file, a "
+        "folder of such files, or a hub dataset id",
+    )
     prompts_files: list[str] = option(
-        [], doc="which files of the folder or hub dataset, as patterns; a hub id needs it"
+        [],
+        doc="patterns of the files to take from that folder or hub dataset; none: all files of a folder (a hub dataset "
+        "needs some)",
     )
     prompt_column: str | None = option(
-        None, doc="column of the prompts; null: prompt, caption or text, whichever is there"
+        None, doc="column of the prompts in files with columns; null: prompt, caption or text, the first that is there"
     )
     category_column: str | None = option(
-        None, doc="column of the categories; null: the file's name, if there are several"
+        None,
+        doc="column of the prompts' categories, each of which is compared by itself too; null: the file's name, if "
+        "there are several files",
     )
-    max_prompts: int | None = option(None, low=1, doc="use only the first prompts; null: all")
-    samples_per_prompt: int = option(1, low=1, doc="images per model and prompt, each with a seed of its own")
-    # sampling
-    seed: int = option(0, low=0, doc="with the prompt's text and the sample's number, decides the noise")
-    scheduler: str = option("pipeline", choices=SCHEDULERS, doc="sampler; pipeline: the base model's own")
-    num_inference_steps: int = option(50, low=1, doc="sampler steps")
-    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance")
-    resolution: int = option(512, low=8, doc="side of the images, in pixels")
-    mixed_precision: str = option("fp16", choices=("no", "fp16", "bf16"), doc="of weights and arithmetic")
-    batch_size: int = option(8, low=1, doc="images drawn or scored at once, per process")
-    output_dir: str = option(doc="where images, scores and the report go")
-    # scores
-    scorers: list[str] = option(doc="judges: " + ", ".join(SCORERS) + ", or module:function of your own")
-    pickscore_model: str = option("yuvalkirstain/PickScore_v1", doc="PickScore: folder or hub id")
+    max_prompts: int | None = option(None, low=1, doc="use only the first so many different prompts; null: all")
+    samples_per_prompt: int = option(
+        1, low=1, doc="images per model and prompt, each from noise of its own that all models share"
+    )
+    seed: int = option(
+        0,
+        low=0,
+        group="sampling",
+        doc="seed of the noise, which follows from it, the prompt's text and the sample's number",
+    )
+    scheduler: str = option(
+        "pipeline", choices=SCHEDULERS, doc="sampler that draws the images; pipeline: the base pipeline's own"
+    )
+    num_inference_steps: int = option(50, low=1, doc="steps of the sampler per image")
+    guidance_scale: float = option(7.5, low=0, doc="scale of classifier-free guidance; up to 1: no guidance")
+    resolution: int = option(512, low=8, doc="side of the square images in pixels, a multiple of 8")
+    mixed_precision: str = option(
+        "fp16",
+        choices=("no", "fp16", "bf16"),
+        doc="precision of weights and arithmetic in drawing; no (quoted in YAML) is float32",
+    )
+    batch_size: int = option(8, low=1, doc="number of images that a process draws or scores at once")
+    output_dir: str = option(doc="folder for images, scores, the report and the judges' page")
+    scorers: list[str] = option(
+        group="scores", doc="judges: " + ", ".join(SCORERS) + ", or module:function of your own"
+    )
+    pickscore_model: str = option("yuvalkirstain/PickScore_v1", doc="weights of PickScore: folder or hub id")
     hpsv2_checkpoints: str = option(
-        "xswu/HPSv2", doc="folder or hub id with HPS_v2_compressed.pt, HPS_v2.1_compressed.pt"
+        "xswu/HPSv2",
+        doc="weights of HPSv2: folder or hub id with HPS_v2_compressed.pt (version 2.0) and HPS_v2.1_compressed.pt",
     )
     clip_h_processor: str = option(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", doc="tokenizer and preprocessing of PickScore and HPSv2"
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        doc="tokenizer and image preprocessing of PickScore and HPSv2: folder or hub id",
     )
-    clip_l_model: str = option("openai/clip-vit-large-patch14", doc="CLIP of the CLIP score and the aesthetic score")
+    clip_l_model: str = option(
+        "openai/clip-vit-large-patch14", doc="CLIP model of the CLIP score and of the aesthetic score: folder or hub id"
+    )
     aesthetic_checkpoint: str = option(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
-        doc="LAION aesthetic predictor: file or URL",
+        doc="weights of LAION's aesthetic predictor: file or URL",
     )
     imagereward_model: str = option(
-        "ImageReward-v1.0", doc="ImageReward: file or published name (pip install image-reward)"
+        "ImageReward-v1.0", doc="weights of ImageReward, which needs pip install image-reward: file or published name"
     )
-    # comparison
-    bootstrap_samples: int = option(10_000, low=100, doc="resamples of the prompts behind each 95% interval")
+    bootstrap_samples: int = option(
+        10_000,
+        low=100,
+        group="comparison",
+        doc="number of resamples of the prompts that each 95% interval is taken from",
+    )
     report_prompts: int = option(
-        100, low=1, doc="prompts whose images go into report.html: extremes, and a random rest"
+        100,
+        low=1,
+        doc="number of prompts whose images are shown in report.html, half of them extremes, half drawn at random",
     )
-    annotate: bool = option(False, doc="write a blinded page for human judges instead of the report")
-    annotate_prompts: int | None = option(100, low=1, doc="prompts on that page, drawn at random; null: all")
-    votes: list[str] = option([], doc="votes exported from the page, one JSON file per judge")
+    annotate_prompts: int | None = option(
+        100, low=1, group="human judges", doc="number of prompts on the human judges' page, drawn at random; null: all"
+    )
+    votes: list[str] = option(
+        [], doc="files with the human judges' votes, which the page exports, one JSON file per judge"
+    )
 
     def check(self) -> None:
         """Rules that span keys. Raises UserError."""
@@ -117,7 +164,7 @@ class Config:
             for entry in getattr(self, key):
                 name, equals, path = entry.partition("=")
                 if (
-                    not re.fullmatch(NAME, name)
+                    not re.fullmatch(MODEL_NAME, name)
                     or (equals and not path)
                     or (not equals and (key, name) != ("models", "base"))
                 ):
@@ -125,11 +172,12 @@ class Config:
                     raise UserError(
                         f"{key}: '{entry}'; expected {also}NAME=PATH, a name of letters, digits and . _ + -"
                     )
-        names = [name for name, _ in entries([*self.models, *self.runs])]
+        names = [name for name, _ in named_paths([*self.models, *self.runs])]
         if repeated := {n for n in names if names.count(n) > 1}:
             raise UserError(f"models, runs: the name '{min(repeated)}' is given twice")
 
     def protocol(self) -> dict[str, Any]:
+        """The keys of PROTOCOL and their values."""
         return {key: getattr(self, key) for key in PROTOCOL}
 
     def described(self) -> str:
@@ -142,101 +190,16 @@ class Config:
 
     @property
     def model_names(self) -> list[str]:
-        return [name for name, _ in entries(self.models)]
+        """The configured models, the reference first; without the checkpoints of runs."""
+        return [name for name, _ in named_paths(self.models)]
+
+    def source_of(self, scorer: str) -> str:
+        """Where a scorer's weights or code come from: what must not change within one table of scores."""
+        if scorer in WEIGHT_KEYS:
+            return " and ".join(getattr(self, key) for key in WEIGHT_KEYS[scorer])
+        return "tiny/oracle.py" if scorer in SCORERS else scorer
 
 
-def entries(listed: list[str]) -> list[tuple[str, str]]:
+def named_paths(listed: list[str]) -> list[tuple[str, str]]:
     """(name, path) of NAME=PATH entries; the path of a bare `base` is empty."""
-    return [entry.partition("=")[::2] for entry in listed]
-
-
-def processes() -> Any:
-    """accelerate's view of this process: device, index, how many there are. Without a GPU they meet on the CPU.
-
-    Raises UserError if that is not what the launcher says.
-    """
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if reason := misunderstanding(state.num_processes):
-        raise UserError(reason)
-    return state
-
-
-# ---------------------------------------------------------------- files of a step
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then renames: whoever finds the file finds it whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_table(rows: list[dict[str, Any]], path: Path, schema: Any) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    write_atomically(path, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
-
-
-def read_table(path: Path, step: str) -> Any:
-    """A parquet table that an earlier step wrote. Raises UserError naming that step if it is not there, or damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run evaluate.py {step} first, with this config") from None
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-def index_schema() -> Any:
-    import pyarrow as pa
-
-    text, number = pa.string(), pa.int64()
-    columns = {"model": text, "weights": text, "prompt_number": number, "prompt": text, "category": text}
-    return pa.schema(list((columns | {"sample": number, "seed": number, "file": text}).items()))
-
-
-def read_protocol(config: Config) -> dict[str, Any]:
-    """What `generate` noted in the output folder. Raises UserError if it is missing or of another protocol."""
-    path = Path(config.output_dir) / "protocol.json"
-    try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        was = noted["protocol"]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run evaluate.py generate first, with this config") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-    if changed := [f"{k} {was.get(k)!r}, now {v!r}" for k, v in config.protocol().items() if was.get(k) != v]:
-        raise UserError(
-            f"output_dir: the images in {config.output_dir} were drawn with another protocol ({'; '.join(changed)}); "
-            "restore it, or choose another output_dir"
-        )
-    return noted
-
-
-def read_index(config: Config) -> list[dict[str, Any]]:
-    """One row per image, as `generate` left them.
-
-    Raises UserError if they are of another protocol or other models than the config's, or if images are missing.
-    """
-    folder, noted = Path(config.output_dir), read_protocol(config)["models"]
-    rows = read_table(folder / "index.parquet", "generate").to_pylist()
-    if absent := sorted(set(config.model_names) - {r["model"] for r in rows}):
-        raise UserError(f"models: no images of {', '.join(absent)} in {folder}; run evaluate.py generate")
-    for name, path in entries(config.models):
-        if path and (was := noted.get(name, {}).get("path")) != path:
-            raise UserError(f"models: the images of '{name}' are by {was}, not by {path}; run evaluate.py generate")
-    if missing := [r["file"] for r in rows if not (folder / r["file"]).is_file()]:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(rows)} images are missing, such as {missing[0]}; "
-            "run evaluate.py generate again, which draws what is missing"
-        )
-    return rows
+    return [(name, path) for name, _, path in (entry.partition("=") for entry in listed)]

@@ -1,161 +1,121 @@
-"""What `compare` leaves: tables in the terminal, Markdown and CSV, plots, and report.html, which needs nothing else."""
+"""The files of a comparison and of a vote count: tables as text, Markdown and CSV, plots, and report.html."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from evaluation import compare as c
 from evaluation import plots
-from evaluation.protocol import Config, write_atomically
+from evaluation.compare import Comparison, CurvePoint, Result, Scores
+from evaluation.pages import report_page, thumbnail
+from evaluation.protocol import EvaluationConfig
+from evaluation.sections import (
+    Section,
+    category_section,
+    curve_section,
+    markdown_table,
+    text_table,
+    vote_section,
+    win_rate_section,
+)
+from evaluation.tables import scores_path, write_csv
+from evaluation.votes import Tally, VoteCount
+from ncp.common.files import write_file, write_text
 
-TEMPLATE = Path(__file__).with_name("report.html")
-SIDE = 320  # pixels of an image in the report, at most
 
+def write_report(config: EvaluationConfig, compared: Comparison, count: VoteCount | None) -> None:
+    """Writes all files of the comparison into the output folder, with the human judges' votes if they are counted.
 
-def write_report(
-    config: Config,
-    index: list[dict[str, Any]],
-    scores: c.Scores,
-    results: list[c.Result],
-    points: list[c.Point],
-    ballots: Any,
-) -> None:
-    """Writes all files of the comparison into the output folder, and prints the tables."""
-    folder = Path(config.output_dir)
+    Prints the tables.
+    """
+    folder, scores = Path(config.output_dir), compared.scores
     figures: dict[str, bytes] = {}
-    overall = [r for r in results if not r.category]
-    if overall:
+    if overall := [r for r in compared.results if not r.category]:
         figures["win_rates"] = plots.win_rates(overall)
-    if points:
+    if points := compared.points:
         means = {judge: float(np.nanmean(table[0])) for judge, table in scores.by_scorer.items()}
         figures["curves_step"] = plots.curves(points, means, scores.models[0], "step")
         if all(p.seconds is not None for p in points):
             figures["curves_seconds"] = plots.curves(points, means, scores.models[0], "seconds")
         else:
             print("no curves against seconds: a checkpoint's manifest.json does not say how long it took")
-        c.write_csv(points, c.Point, folder / "curves.csv")
-    if ballots:
-        figures["votes"] = write_votes(ballots, folder)
-    for name, data in figures.items():
-        write_atomically(folder / f"{name}.png", lambda file, data=data: file.write_bytes(data))
-    c.write_csv(results, c.Result, folder / "results.csv")
-    write_picture(config, index, folder / "comparison.png")
+        write_csv(points, CurvePoint, folder / "curves.csv")
+    for name, png in figures.items():
+        write_bytes(folder / f"{name}.png", png)
+    if count:
+        figures["votes"] = write_votes(count, folder)
+    write_csv(compared.results, Result, folder / "results.csv")
+    write_picture(config, compared.images, folder / "comparison.png")
 
-    sections = tables(results, points, scores.models[0], ballots)
-    first = describe(config, scores)
-    markdown = f"{first}\n" + "".join(
-        f"\n## {title}\n\n{c.markdown_table(head, rows)}\n\n{note}\n" for title, head, rows, note in sections
-    )
-    write_atomically(folder / "results.md", lambda file: file.write_text(markdown, encoding="utf-8"))
-    page = fill(config, index, scores, first, sections, figures)
-    write_atomically(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    sections = all_sections(compared, count)
+    first_line = described(config, scores)
+    markdown = "".join(f"\n## {s.title}\n\n{markdown_table(s)}\n\n{s.note}\n" for s in sections)
+    write_text(folder / "results.md", f"{first_line}\n{markdown}")
+    chosen = choose_prompts(scores, config.model_names, config.report_prompts)
+    write_text(folder / "report.html", report_page(config, compared, chosen, first_line, sections, figures))
 
-    terminal = [s for s in sections if s[0] != "By category"]
-    text = f"{first}\n" + "".join(f"\n{c.text_table(head, rows)}\n" for _, head, rows, _ in terminal)
+    text = f"{first_line}\n" + "".join(f"\n{text_table(s)}\n" for s in sections if s.in_terminal)
     text += f"\nOpen this first: {folder / 'report.html'}\n"
-    write_atomically(folder / "summary.txt", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / "summary.txt", text)
     print(text, end="")
 
 
-def write_votes(ballots: Any, folder: Path) -> bytes:
-    """Writes votes.csv, votes.md and votes.png; returns the plot."""
-    from evaluation.votes import Tally, label
+def report_votes(config: EvaluationConfig, count: VoteCount) -> None:
+    """Writes the files of the vote count into the output folder, and prints its table."""
+    write_votes(count, Path(config.output_dir))
+    section = vote_section(count)
+    print(f"{text_table(section)}\n\n{section.note}")
+    if scores_path(config).exists():
+        print("\nTo have this in report.html too: evaluate.py compare --config ... with the same --votes")
 
-    c.write_csv(ballots.tallies, Tally, folder / "votes.csv")
-    markdown = f"{c.markdown_table(ballots.HEAD, ballots.rows())}\n\n{ballots.note()}\n"
-    write_atomically(folder / "votes.md", lambda file: file.write_text(markdown, encoding="utf-8"))
-    plot = plots.votes(ballots.tallies, label)
-    write_atomically(folder / "votes.png", lambda file: file.write_bytes(plot))
+
+def write_votes(count: VoteCount, folder: Path) -> bytes:
+    """Writes votes.csv, votes.md and votes.png; returns the plot."""
+    section = vote_section(count)
+    write_csv(count.tallies, Tally, folder / "votes.csv")
+    write_text(folder / "votes.md", f"{markdown_table(section)}\n\n{section.note}\n")
+    plot = plots.votes(count.tallies)
+    write_bytes(folder / "votes.png", plot)
     return plot
 
 
-def describe(config: Config, scores: c.Scores) -> str:
+def write_bytes(path: Path, content: bytes) -> None:
+    write_file(path, lambda file: file.write_bytes(content))
+
+
+def described(config: EvaluationConfig, scores: Scores) -> str:
+    """What was compared, in one line."""
     samples = next(iter(scores.by_scorer.values())).shape[2]
     plural = "s" if samples > 1 else ""
     return f"{len(scores.prompts)} prompts x {samples} sample{plural}, same seeds for every model; {config.described()}"
 
 
-Section = tuple[str, Sequence[str], list[list[str]], str]  # title, head, rows, note
+def all_sections(compared: Comparison, count: VoteCount | None) -> list[Section]:
+    """Those that have something to show."""
+    sections = [
+        win_rate_section(compared.results),
+        category_section(compared.results),
+        curve_section(compared.points, compared.scores.models[0]),
+        vote_section(count) if count else None,
+    ]
+    return [section for section in sections if section]
 
 
-def tables(results: list[c.Result], points: list[c.Point], reference: str, ballots: Any) -> list[Section]:
-    found: list[Section] = []
-    if rows := c.table_rows(results):
-        note = (
-            "Win-rate: share of prompts on which the first-named model's image scores higher, ties counting half. "
-            "Intervals: 95%, by bootstrap over prompts; they say how much other prompts of this kind would change it, "
-            "not how much another training run would. Sign test: exact, two-sided. Nothing is corrected for looking at "
-            "several judges, pairs or categories."
-        )
-        found.append(("Win-rates", c.HEAD, rows, note))
-    if rows := c.category_rows(results):
-        found.append(("By category", c.CATEGORY_HEAD, rows, "Few prompts per category make wide intervals."))
-    if points:
-        head = ["judge", "run", "step", "seconds", "mean", f"gain over {reference} [95% interval]"]
-        rows = [
-            [
-                *(p.judge, p.run, str(p.step), "" if p.seconds is None else f"{p.seconds:.0f}"),
-                *(c.number(p.mean), f"{p.gain:+.4f} [{p.low:+.4f}, {p.high:+.4f}]"),
-            ]
-            for p in points
-        ]
-        found.append(
-            (
-                "Training curves",
-                head,
-                rows,
-                "Of each checkpoint's images. The interval is of the paired gain, by bootstrap over prompts.",
-            )
-        )
-    if ballots:
-        found.append(("Human judges", ballots.HEAD, ballots.rows(), ballots.note()))
-    return found
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def write_picture(config: Config, index: list[dict[str, Any]], path: Path, columns: int = 12) -> None:
+def write_picture(config: EvaluationConfig, images: list[dict[str, Any]], path: Path, columns: int = 12) -> None:
     """The first prompts, not chosen, one row per model."""
-    from ncp.training.drawing import grid
+    from ncp.training.drawing import grid  # here: it loads diffusers, which a count of votes does not need
 
     names = config.model_names
-    shown = [r for r in index if r["prompt_number"] < columns and r["sample"] == 0]
-    rows = {m: [shrunk(Path(config.output_dir) / r["file"]) for r in shown if r["model"] == m] for m in names}
+    shown = [r for r in images if r["prompt_number"] < columns and r["sample"] == 0]
+    rows = {m: [thumbnail(Path(config.output_dir) / r["file"]) for r in shown if r["model"] == m] for m in names}
     picture = grid(rows, [r["prompt"] for r in shown if r["model"] == names[0]], cell=96)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    write_file(path, lambda file: picture.save(file, "PNG"))
 
 
-def data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def shrunk(path: Path, side: int = SIDE) -> Image.Image:
-    """The picture, no larger than `side`."""
-    image = Image.open(path).convert("RGB")
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return image
-
-
-def small(path: Path, side: int = SIDE, quality: int = 85) -> str:
-    """A picture as a data URL, no larger than `side`, without the original's metadata."""
-    image = shrunk(path, side)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, lossless=max(image.size) < 200)
-    return data_url(buffer.getvalue(), "webp")
-
-
-def choose_prompts(scores: c.Scores, names: list[str], most: int) -> list[int]:
+def choose_prompts(scores: Scores, names: list[str], most: int) -> list[int]:
     """Numbers of the prompts to show: half extremes, in turn by every pair and judge; the rest drawn at random."""
     count = len(scores.prompts)
     if most >= count:
@@ -169,80 +129,3 @@ def choose_prompts(scores: c.Scores, names: list[str], most: int) -> list[int]:
     chosen = list(extremes)[: most // 2]
     rest = [int(i) for i in np.random.default_rng(0).permutation(count) if i not in chosen]
     return sorted([*chosen, *rest[: most - len(chosen)]])
-
-
-# ---------------------------------------------------------------- the page
-
-
-def fill(
-    config: Config,
-    index: list[dict[str, Any]],
-    scores: c.Scores,
-    first: str,
-    sections: list[Section],
-    figures: dict[str, bytes],
-) -> str:
-    """report.html with everything inside."""
-    names = config.model_names
-    chosen = choose_prompts(scores, names, config.report_prompts)
-    files = {(r["model"], r["prompt_number"]): r["file"] for r in index if r["sample"] == 0}
-    rows = [scores.models.index(m) for m in names]
-    data = {
-        "models": names,
-        "judges": list(scores.by_scorer),
-        "total": len(scores.prompts),
-        "samples": config.samples_per_prompt,
-        "prompts": [
-            {
-                "number": n + 1,
-                "prompt": scores.prompts[n],
-                "category": scores.categories[n],
-                "images": [small(Path(config.output_dir) / files[m, n]) for m in names],
-                # NaN is no JSON.
-                "scores": [
-                    [None if np.isnan(table[m, n, 0]) else round(float(table[m, n, 0]), 5) for m in rows]
-                    for table in scores.by_scorer.values()
-                ],
-            }
-            for n in chosen
-        ],
-    }
-    shown = {
-        "Win-rates": ("win_rates",),
-        "Training curves": ("curves_step", "curves_seconds"),
-        "Human judges": ("votes",),
-    }
-    parts = []
-    for title, head, body, note in sections:
-        pictures = "".join(
-            f'<img class="plot {f}" alt="{title}" src="{data_url(figures[f], "png")}">'
-            for f in shown.get(title, ())
-            if f in figures
-        )
-        content = f"{html_table(head, body)}<p class='note'>{html.escape(note)}</p>{pictures}"
-        if title in ("By category", "Training curves") and len(body) > 12:
-            content = f"{pictures}<details><summary>{len(body)} rows</summary>{html_table(head, body)}</details>"
-            content += f"<p class='note'>{html.escape(note)}</p>"
-        parts.append(f"<section><h2>{title}</h2>{content}</section>")
-    return put(TEMPLATE, {"FIRST": html.escape(first), "SECTIONS": "\n".join(parts), "DATA": embed(data)})
-
-
-def put(template: Path, values: dict[str, str]) -> str:
-    """The template with each {{KEY}} replaced."""
-    page = template.read_text(encoding="utf-8")
-    for key, value in values.items():
-        page = page.replace("{{" + key + "}}", value)
-    return page
-
-
-def embed(data: Any) -> str:
-    """JSON that is safe within <script>, whatever a prompt says."""
-    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-
-
-def html_table(head: Sequence[str], rows: list[list[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
-
-    body = "".join(line([x.replace("->", "→") for x in r], "td") for r in rows)
-    return f"<div class='scroll'><table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table></div>"

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
-from evaluation.protocol import Config, index_schema, processes, read_index, read_table, write_table
-from evaluation.scorers import check_scorers, load_scorer, source_of
+from evaluation.processes import processes
+from evaluation.protocol import EvaluationConfig
+from evaluation.scorers import check_scorers, load_scorer
+from evaluation.tables import image_key, read_index, read_scores, scores_path, write_scores
 from ncp.common.errors import UserError
 
 
-def score(config: Config) -> None:
+def score(config: EvaluationConfig) -> None:
     """Scores what is not scored yet. Several processes share the work by batches."""
     rows = read_index(config)
     check_scorers(config, [r["prompt"] for r in rows])
-    path = Path(config.output_dir) / "scores.parquet"
-    done = read_scores(config)[0] if path.exists() else []
-
-    from accelerate.utils import gather_object
-
+    path = scores_path(config)
+    done = read_scores(config) if path.exists() else []
     state = processes()
     if state.is_main_process:
         print(f"{len(rows)} images x {len(config.scorers)} scorers: {', '.join(config.scorers)}")
@@ -43,24 +44,19 @@ def score(config: Config) -> None:
             raise UserError(errors[0])
         done += scored
         if state.is_main_process:  # after each scorer: an interrupted run continues with the next
-            write_table(sorted(done, key=lambda r: (r["scorer"], r["file"])), path, score_schema(config))
+            write_scores(config, done)
     if state.is_main_process:
         print(f"wrote {path}; next: evaluate.py compare")
 
 
-def image_key(row: dict[str, Any]) -> tuple[str, str]:
-    """Which image a row is about: its file, as drawn with those weights."""
-    return row["file"], row["weights"]
-
-
-def score_batches(name: str, batches: list[list[dict]], config: Config, state: Any) -> list[dict[str, Any]]:
+def score_batches(
+    name: str, batches: list[list[dict[str, Any]]], config: EvaluationConfig, state: Any
+) -> list[dict[str, Any]]:
     """Rows of the score table for this process's share."""
-    import numpy as np
-    from PIL import Image
-
     if not batches:
         return []
-    scorer, rows = load_scorer(name, config, state.device), []
+    scorer = load_scorer(name, config, state.device)
+    rows: list[dict[str, Any]] = []
     bar = tqdm(total=sum(map(len, batches)), desc=name, unit="image", disable=not state.is_main_process)
     for batch in batches:
         images = []
@@ -76,40 +72,3 @@ def score_batches(name: str, batches: list[list[dict]], config: Config, state: A
         bar.update(len(batch))
     bar.close()
     return rows
-
-
-def score_schema(config: Config) -> Any:
-    """Columns of the score table; its metadata say by which protocol and with which judges it came to be."""
-    import pyarrow as pa
-
-    noted = {"protocol": config.protocol(), "scorers": {name: source_of(name, config) for name in config.scorers}}
-    path = Path(config.output_dir) / "scores.parquet"
-    if path.exists():
-        noted["scorers"] = {**_noted(read_table(path, "score"))["scorers"], **noted["scorers"]}
-    columns = [*index_schema(), pa.field("scorer", pa.string()), pa.field("score", pa.float64())]
-    return pa.schema(columns, metadata={"noted": json.dumps(noted)})
-
-
-def read_scores(config: Config) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """(rows of the score table, scorer to checkpoint).
-
-    Raises UserError if it is of another protocol than the config's, or a scorer's checkpoint is another now.
-    """
-    path = Path(config.output_dir) / "scores.parquet"
-    table = read_table(path, "score")
-    noted = _noted(table)
-    if changed := [key for key, value in config.protocol().items() if noted["protocol"].get(key) != value]:
-        raise UserError(f"{path}: the scores are of another protocol ({', '.join(changed)}); remove it and score again")
-    for name in config.scorers:
-        if (was := noted["scorers"].get(name)) not in (None, now := source_of(name, config)):
-            raise UserError(
-                f"{path}: scores of '{name}' are by {was}, the config says {now}; remove it and score again"
-            )
-    return table.to_pylist(), noted["scorers"]
-
-
-def _noted(table: Any) -> dict[str, Any]:
-    try:
-        return json.loads((table.schema.metadata or {})[b"noted"])
-    except (KeyError, ValueError):
-        raise UserError("scores.parquet was not written by evaluate.py score; remove it and score again") from None

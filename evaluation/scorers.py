@@ -25,20 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.protocol import SCORERS, Config
+from evaluation.protocol import SCORERS, WEIGHT_KEYS, EvaluationConfig
 from ncp.common import hub
 from ncp.common.errors import UserError
 
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-# The config keys that say where a scorer's weights are.
-PLACES = {
-    "pickscore": ("pickscore_model", "clip_h_processor"),
-    "hpsv2": ("hpsv2_checkpoints", "clip_h_processor"),
-    "hpsv2.1": ("hpsv2_checkpoints", "clip_h_processor"),
-    "clip": ("clip_l_model",),
-    "aesthetic": ("aesthetic_checkpoint", "clip_l_model"),
-    "imagereward": ("imagereward_model",),
-}
 
 
 @dataclass
@@ -49,19 +40,12 @@ class Scorer:
     score: Callable[[list[Any], list[str]], Any]
 
 
-def source_of(name: str, config: Config) -> str:
-    """Where a scorer's weights or code come from: what must not change within one table of scores."""
-    if name in PLACES:
-        return " and ".join(getattr(config, key) for key in PLACES[name])
-    return "tiny/oracle.py" if name in SCORERS else name
-
-
-def check_scorers(config: Config, prompts: list[str]) -> None:
+def check_scorers(config: EvaluationConfig, prompts: list[str]) -> None:
     """Raises UserError for a scorer that is unknown, not there or, for the oracle, not of this world. Loads nothing."""
     for name in config.scorers:
         if name not in SCORERS:
             _own_function(name)
-        for key in PLACES.get(name, ()):
+        for key in WEIGHT_KEYS.get(name, ()):
             place = getattr(config, key)
             local = place.startswith((".", "/", "~")) or place.count("/") > 1
             if local and not place.startswith("https://") and not Path(place).exists():
@@ -78,7 +62,7 @@ def check_scorers(config: Config, prompts: list[str]) -> None:
                     raise UserError(f"scorer '{name}' judges the embedded world only: {error}") from None
 
 
-def load_scorer(name: str, config: Config, device: Any) -> Scorer:
+def load_scorer(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     """The scorer with its weights on `device`, in half precision on a GPU. Raises UserError if they cannot be had."""
     if name.startswith("oracle_"):
         from tiny import oracle
@@ -98,7 +82,7 @@ def load_scorer(name: str, config: Config, device: Any) -> Scorer:
     except UserError:
         raise
     except Exception as error:  # a hub that does not answer, a damaged or foreign file: many kinds
-        raise UserError(f"scorer '{name}': loading {source_of(name, config)} failed: {hub.reason(error)}") from None
+        raise UserError(f"scorer '{name}': loading {config.source_of(name)} failed: {hub.reason(error)}") from None
 
 
 def _own_function(name: str) -> Callable:
@@ -154,7 +138,7 @@ def _normalised(output: Any) -> Any:
     return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
-def _pickscore(name: str, config: Config, device: Any) -> Scorer:
+def _pickscore(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(config.pickscore_model)
@@ -163,19 +147,19 @@ def _pickscore(name: str, config: Config, device: Any) -> Scorer:
     return Scorer(name, lambda images, prompts: scale * clip.cosine(images, prompts))
 
 
-def _clip_score(name: str, config: Config, device: Any) -> Scorer:
+def _clip_score(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     from transformers import CLIPModel
 
     clip = Clip(CLIPModel.from_pretrained(config.clip_l_model), config.clip_l_model, device)
     return Scorer(name, lambda images, prompts: 100 * np.maximum(clip.cosine(images, prompts), 0))
 
 
-def _hpsv2(name: str, config: Config, device: Any) -> Scorer:
+def _hpsv2(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     import torch
 
     from evaluation.open_clip import clip_from_open_clip
 
-    file = Path(config.hpsv2_checkpoints) / HPS_FILES[name]
+    file: str | Path = Path(config.hpsv2_checkpoints) / HPS_FILES[name]
     if not Path(config.hpsv2_checkpoints).is_dir():
         from huggingface_hub import hf_hub_download
 
@@ -188,7 +172,7 @@ def _hpsv2(name: str, config: Config, device: Any) -> Scorer:
 # ---------------------------------------------------------------- others
 
 
-def _aesthetic(name: str, config: Config, device: Any) -> Scorer:
+def _aesthetic(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     """Linear layers without activations between (dropout does nothing here): `layers.I.weight`, `layers.I.bias`."""
     import torch
     from transformers import CLIPModel
@@ -210,7 +194,7 @@ def _aesthetic(name: str, config: Config, device: Any) -> Scorer:
     return Scorer(name, score)
 
 
-def _imagereward(name: str, config: Config, device: Any) -> Scorer:
+def _imagereward(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     import ImageReward
 
     model = ImageReward.load(config.imagereward_model, device=str(device))

@@ -1,4 +1,4 @@
-"""Counting what human judges answered on the blinded page."""
+"""What human judges are asked on the blinded page, and the count of what they answered. It writes nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.annotate import ANSWERS, QUESTIONS, read_key
-from evaluation.compare import p_text, rate
-from evaluation.protocol import Config
+from evaluation.protocol import EvaluationConfig
 from evaluation.statistics import bootstrap_interval, fleiss_kappa, majority, sign_test
 from ncp.common.errors import UserError
+
+# The paper's Q2, Q1, Q3: appeal comes first, because afterwards the judge has seen the prompt.
+QUESTIONS = {
+    "appeal": "Which image is more visually appealing?",
+    "overall": "Which image do you prefer, given the prompt?",
+    "alignment": "Which image better fits the text of the prompt?",
+}
+ANSWERS = ("left", "right", "tie", "abstain")
 
 
 @dataclass
@@ -40,52 +46,42 @@ class Tally:
 
 
 @dataclass
-class Ballots:
+class VoteCount:
+    """judges: their names. tallies: one per comparison and question."""
+
     judges: list[str]
     tallies: list[Tally]
 
-    HEAD = ("question", "comparison", "pairs", "wins / ties / losses", "win-rate [95% interval]", "sign test p",
-            "Fleiss' kappa", "votes / cannot say / missing")  # fmt: skip
 
-    def rows(self) -> list[list[str]]:
-        """One per tally, under HEAD."""
-        return [
-            [
-                t.question,
-                f"{t.model} over {t.reference}",
-                str(t.pairs),
-                f"{t.wins} / {t.ties} / {t.losses}",
-                rate(t),
-                p_text(t.p_value),
-                "undefined" if math.isnan(t.kappa) else f"{t.kappa:.3f}",
-                f"{t.votes} / {t.abstentions} / {t.missing}",
-            ]
-            for t in self.tallies
-        ]
-
-    def note(self) -> str:
-        return (
-            f"Judges: {', '.join(self.judges)}. A pair is won if more than half of the votes cast say so, else it is a "
-            'tie; "cannot say" and missing votes are not votes, and a pair without votes is left out. Win-rate: ties '
-            "count half, interval by bootstrap over pairs. Kappa: agreement beyond chance on win, tie or loss, 0 none, "
-            "1 perfect, over pairs with two votes or more."
-        )
+def read_key(path: Path) -> dict[str, Any]:
+    """Page id, and prompt, left and right model of each pair. Raises UserError if it is missing or damaged."""
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        if all({"prompt", "left", "right"} <= pair.keys() for pair in key["pairs"]) and key["page"]:
+            return key
+        reason = "a key is missing"
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; evaluate.py annotate writes it beside the page") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise UserError(f"{path}: not the key of a page ({reason})")
 
 
-def label(tally: Tally) -> str:
-    return f"{tally.question}: {tally.model} over {tally.reference}"
+def count_votes(config: EvaluationConfig) -> VoteCount:
+    """Reads the vote files and unblinds them.
 
-
-def count_votes(config: Config) -> Ballots:
-    """Reads the vote files and unblinds them. Raises UserError for a file that is not of this page, or given twice."""
+    Raises UserError if there are none, or for a file that is not of this page, or given twice.
+    """
+    if not config.votes:
+        raise UserError("count: no votes; expected --votes A.json B.json, the files that the page exports")
     key = read_key(Path(config.output_dir) / "annotation" / "key.json")
-    ballots = {}
+    ballots: dict[str, list[dict[str, str]]] = {}
     for file in config.votes:
         judge, votes = read_votes(Path(file), key)
         if judge in ballots:
             raise UserError(f"{file}: votes of '{judge}' are given twice")
         ballots[judge] = votes
-    return Ballots(list(ballots), tally_all(config, key, list(ballots.values())))
+    return VoteCount(list(ballots), tally_all(config, key, list(ballots.values())))
 
 
 def read_votes(file: Path, key: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
@@ -105,7 +101,7 @@ def read_votes(file: Path, key: dict[str, Any]) -> tuple[str, list[dict[str, str
     return str(judge), votes
 
 
-def tally_all(config: Config, key: dict[str, Any], ballots: list[list[dict[str, str]]]) -> list[Tally]:
+def tally_all(config: EvaluationConfig, key: dict[str, Any], ballots: list[list[dict[str, str]]]) -> list[Tally]:
     """One tally per comparison and question, the reference being the model that the config names first."""
     pairs = key["pairs"]
     if strange := {pair[side] for pair in pairs for side in ("left", "right")} - set(config.model_names):
@@ -120,7 +116,12 @@ def tally_all(config: Config, key: dict[str, Any], ballots: list[list[dict[str, 
 
 
 def tally(
-    question: str, reference: str, model: str, pairs: list[dict[str, str]], ballots: list[list[dict]], config: Config
+    question: str,
+    reference: str,
+    model: str,
+    pairs: list[dict[str, str]],
+    ballots: list[list[dict]],
+    config: EvaluationConfig,
 ) -> Tally:
     outcomes, counts, given = [], [], 0
     for number, pair in enumerate(pairs):

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import annotate, protocol
-from evaluation.annotate import QUESTIONS
-from evaluation.compare import compare
-from evaluation.protocol import Config
-from evaluation.votes import count_votes
+from evaluate import annotate, count
+from evaluation.annotate import blinded_pairs
+from evaluation.protocol import EvaluationConfig
+from evaluation.tables import write_index, write_protocol
+from evaluation.votes import QUESTIONS, count_votes
 from ncp.common.config import parse
 from ncp.common.errors import UserError
 
 PROMPTS = [f"prompt number {i} <script>" for i in range(12)]
 
 
-def configured(output: Path, *extra: str) -> Config:
+def configured(output: Path, *extra: str) -> EvaluationConfig:
     fixed = [
         "--pretrained_model_name_or_path",
         "m",
@@ -32,7 +32,7 @@ def configured(output: Path, *extra: str) -> Config:
         "200",
     ]
     models = [] if "--models" in extra else ["--models", "[base, secret=x]"]
-    return parse(Config, [*fixed, *models, "--output_dir", str(output), *map(str, extra)])
+    return parse(EvaluationConfig, [*fixed, *models, "--output_dir", str(output), *map(str, extra)])
 
 
 @pytest.fixture
@@ -46,9 +46,8 @@ def out(tmp_path) -> Path:
             Image.new("RGB", (64, 64), (level, level, 10 * number)).save(tmp_path / file)
             row = {"model": model, "weights": "w", "prompt_number": number, "prompt": prompt, "category": ""}
             rows.append({**row, "sample": 0, "seed": 987654321, "file": file})
-    protocol.write_table(rows, tmp_path / "index.parquet", protocol.index_schema())
-    noted = {"protocol": configured(tmp_path).protocol(), "models": {"base": {"path": "m"}, "secret": {"path": "x"}}}
-    (tmp_path / "protocol.json").write_text(json.dumps(noted))
+    write_index(configured(tmp_path), rows)
+    write_protocol(configured(tmp_path), {}, {"base": {"path": "m"}, "secret": {"path": "x"}})
     return tmp_path
 
 
@@ -67,7 +66,7 @@ def page_of(out: Path) -> tuple[dict, dict, str]:
 
 
 def test_the_page_is_blind_and_whole(out, capsys):
-    compare(configured(out, "--annotate"))
+    annotate(configured(out))
     data, key, text = page_of(out)
     assert "12 pairs" in capsys.readouterr().out
     for secret in (
@@ -100,33 +99,33 @@ def test_sides_are_balanced_and_do_not_depend_on_other_pairs():
     prompts = [f"p{i}" for i in range(1000)]
     index = [{"model": m, "prompt": p, "sample": 0, "file": f"{m}/{p}"} for m in ("base", "secret") for p in prompts]
     config = configured(Path("o"), "--annotate_prompts", "null")
-    pairs = annotate.blind(config, index)
+    pairs = blinded_pairs(config, index)
     left = sum(p["left"] == "base" for p in pairs)
     assert len(pairs) == 1000 and 437 < left < 563  # four standard deviations of a fair coin
-    few = annotate.blind(config, [r for r in index if r["prompt"].endswith("7")])
+    few = blinded_pairs(config, [r for r in index if r["prompt"].endswith("7")])
     assert few == [p for p in pairs if p["prompt"].endswith("7")]  # the same sides in the same order
-    some = annotate.blind(configured(Path("o"), "--annotate_prompts", "30"), index)
+    some = blinded_pairs(configured(Path("o"), "--annotate_prompts", "30"), index)
     assert len(some) == 30 and all(p in pairs for p in some)
-    assert annotate.blind(configured(Path("o"), "--seed", "1", "--annotate_prompts", "null"), index) != pairs
+    assert blinded_pairs(configured(Path("o"), "--seed", "1", "--annotate_prompts", "null"), index) != pairs
 
 
 def test_three_models_make_three_comparisons():
     index = [{"model": m, "prompt": p, "sample": 0, "file": m + p} for m in ("base", "b", "c") for p in ("x", "y")]
-    pairs = annotate.blind(configured(Path("o"), "--models", "[base, b=1, c=2]"), index)
+    pairs = blinded_pairs(configured(Path("o"), "--models", "[base, b=1, c=2]"), index)
     assert len(pairs) == 6 and len({(p["prompt"], *sorted((p["left"], p["right"]))) for p in pairs}) == 6
 
 
 def test_a_second_page_does_not_take_the_first_ones_key(out):
-    compare(configured(out, "--annotate"))
+    annotate(configured(out))
     before = (out / "annotation" / "key.json").read_bytes()
-    compare(configured(out, "--annotate"))  # the same page again
+    annotate(configured(out))  # the same page again
     with pytest.raises(UserError, match="holds another page"):
-        compare(configured(out, "--annotate", "--annotate_prompts", "5"))
+        annotate(configured(out, "--annotate_prompts", "5"))
     assert (out / "annotation" / "key.json").read_bytes() == before
     with pytest.raises(UserError, match="only one model"):
-        compare(configured(out, "--annotate", "--models", "base"))
+        annotate(configured(out, "--models", "base"))
     with pytest.raises(UserError, match="no images of other"):
-        compare(configured(out, "--annotate", "--models", "[base, other=x]"))
+        annotate(configured(out, "--models", "[base, other=x]"))
 
 
 # ---------------------------------------------------------------- the votes
@@ -145,7 +144,7 @@ def ballot(file: Path, judge: str, key: dict, said: list[dict[str, str]]) -> Pat
 @pytest.fixture
 def voted(out) -> tuple[Path, list[Path], dict]:
     """Three judges on four pairs."""
-    compare(configured(out, "--annotate", "--annotate_prompts", "4"))
+    annotate(configured(out, "--annotate_prompts", "4"))
     key = page_of(out)[1]
     overall = {
         "ann": ["secret", "secret", "secret", "tie"],
@@ -163,7 +162,7 @@ def voted(out) -> tuple[Path, list[Path], dict]:
 
 def test_votes_are_counted_by_hand(voted, capsys):
     out, files, _ = voted
-    compare(configured(out, "--annotate_prompts", "4", "--votes", yaml_list(files)))
+    count(configured(out, "--annotate_prompts", "4", "--votes", yaml_list(files)))
     with open(out / "votes.csv", newline="") as file:
         rows = {r["question"]: r for r in csv.DictReader(file)}
     # Pair 1: 3 of 3 for secret. 2: 2 of 3 for secret. 3: all differ, a tie. 4: two ties, one abstention: a tie.
@@ -196,7 +195,7 @@ def test_nobody_voted(voted):
     file = ballot(out / "none.json", "dan", key, [{}] * 4)
     (tally, *_) = count_votes(configured(out, "--votes", str(file))).tallies
     assert (tally.pairs, tally.votes, tally.missing) == (0, 0, 4) and np.isnan(tally.win_rate)
-    compare(configured(out, "--votes", str(file)))
+    count(configured(out, "--votes", str(file)))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,7 @@ def test_votes_that_do_not_belong_are_refused(voted, change, message):
     content = json.loads(files[2].read_text())
     files[2].write_text(json.dumps({**content, **change}))
     with pytest.raises(UserError) as error:
-        compare(configured(out, "--votes", yaml_list(files)))
+        count(configured(out, "--votes", yaml_list(files)))
     assert message in str(error.value) and files[2].name in str(error.value) and "\n" not in str(error.value)
     assert not (out / "votes.csv").exists()
 
@@ -230,7 +229,7 @@ def test_missing_and_damaged_vote_files_are_refused(voted):
     ):
         harm()
         with pytest.raises(UserError, match=re.escape(message)):
-            compare(configured(out, "--votes", yaml_list(files)))
+            count(configured(out, "--votes", yaml_list(files)))
     assert "the config does not name" in refused_models(voted)
 
 
@@ -248,7 +247,7 @@ def refused_models(voted) -> str:
 
 def test_a_judge_answers_by_keyboard_reloads_and_exports(out, browser, tmp_path):
     """Appeal: always the bright image; overall: the dark one; alignment: left, right, tie, cannot say in turn."""
-    compare(configured(out, "--annotate"))
+    annotate(configured(out))
     data, key, _ = page_of(out)
     page = browser.new_context(accept_downloads=True).new_page()
     errors = []
@@ -293,7 +292,7 @@ def test_a_judge_answers_by_keyboard_reloads_and_exports(out, browser, tmp_path)
     assert json.loads(file.read_text()) == {"page": key["page"], "annotator": "Zoë B", "votes": expected}
     assert not errors
 
-    compare(configured(out, "--votes", str(file)))
+    count(configured(out, "--votes", str(file)))
     with open(out / "votes.csv", newline="") as rows:
         tallies = {r["question"]: r for r in csv.DictReader(rows)}
     assert tallies["appeal"]["win_rate"] == "1.0" and tallies["overall"]["win_rate"] == "0.0"

@@ -22,7 +22,7 @@ from ncp.training.images import Unreadable, decode_image, resize_crop_flip
 from ncp.training.weights import WEIGHTS
 
 TOKEN = "hf_" + "a1B2" * 9
-ROOMS = ("ncp", "filtering", "evaluation", "tiny", "benchmarks")
+ROOMS = ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study", "docs")
 
 
 class Loaded(BaseException):
@@ -72,7 +72,8 @@ def test_random_configs_are_refused_in_one_line_or_start(assets, tmp_path, monke
         assert TOKEN not in said
         assert {p.name for p in tmp_path.iterdir()} <= {"c.yaml", "out", "cwd"}, content
         for left in (tmp_path / "out").rglob("*"):
-            assert left.name in ("config.yaml", ".writer.lock") and TOKEN not in left.read_text(), content
+            assert left.name in ("config.yaml", "environment.yaml", ".writer.lock"), content
+            assert TOKEN not in left.read_text(), content
             left.unlink()
     assert min(outcomes.values()) > 8, outcomes
 

@@ -11,7 +11,7 @@ from runs import as_a_process
 from support import ROOT
 
 import train_ncp_dpo
-from evaluation import protocol
+from evaluation.protocol import EvaluationConfig
 from ncp.common.config import parse
 from tiny import forecast, install
 
@@ -136,7 +136,7 @@ def test_an_interrupted_set_up_is_made_anew_and_a_finished_one_brought_up_to_dat
 
 def test_a_forecast_is_the_work_of_the_configs_times_what_was_measured():
     train = parse(train_ncp_dpo.Config, ["--config", forecast.TRAIN, "--max_train_steps", "50"])
-    evaluate = parse(protocol.Config, ["--config", forecast.EVALUATE, "--max_prompts", "10"])
+    evaluate = parse(EvaluationConfig, ["--config", forecast.EVALUATE, "--max_prompts", "10"])
     batch, looks = train.train_batch_size * train.gradient_accumulation_steps, 50 // train.heldout_steps
     shown, judges = 2 * len(train.validation_prompts), len(evaluate.scorers)
     steps = evaluate.num_inference_steps

@@ -181,7 +181,7 @@ for name in ("getuid", "fork", "wait4", "killpg", "setsid", "getpgid", "posix_fa
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, LK_UNLCK=0, locking=lambda *a: None)
 import importlib
 from pathlib import Path
-for file in [f for room in ("ncp", "evaluation") for f in Path(room).rglob("*.py")]:
+for file in [f for room in ("ncp", "filtering", "evaluation") for f in Path(room).rglob("*.py")]:
     importlib.import_module(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
 import cache_latents, evaluate, filter_pickapic, train_ncp_cpo, train_ncp_dpo, train_ncp_sft
 print("imported", flush=True)

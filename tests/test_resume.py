@@ -25,7 +25,7 @@ from ncp.training.weights import WEIGHTS
 
 
 def test_runs_killed_anywhere_end_as_if_they_had_not_been():
-    done = python("tests/killing.py", "--every", "61", timeout=1200)
+    done = python("tests/killing.py", "--every", "71", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"9 runs killed and resumed, 0 ended otherwise", done.stdout), done.stdout
 

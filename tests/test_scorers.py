@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import recording
 from judges import DIMENSION, HEADS, LAYERS, MEAN, PATCH, SIDE, STD, VOCABULARY, WIDTH, open_clip_state, save_processor
 from PIL import Image
 from pipelines import tokenizer
 from transformers import CLIPConfig, CLIPModel
 
 from evaluation.open_clip import clip_from_open_clip
-from evaluation.protocol import SCORERS, Config
-from evaluation.scorers import load_scorer, source_of
+from evaluation.protocol import SCORERS, WEIGHT_KEYS, EvaluationConfig
+from evaluation.scorers import load_scorer
 from ncp.common.config import parse
 from ncp.common.errors import UserError
 from tiny import oracle, world
@@ -25,8 +26,8 @@ PROMPTS = ["a cat", "a much longer prompt about two dogs", "x"]
 CPU = torch.device("cpu")
 
 
-def config(*extra: str) -> Config:
-    return parse(Config, ["--pretrained_model_name_or_path", "m", "--prompts", "p", "--output_dir", "o",
+def config(*extra: str, kind: type[EvaluationConfig] = EvaluationConfig) -> EvaluationConfig:
+    return parse(kind, ["--pretrained_model_name_or_path", "m", "--prompts", "p", "--output_dir", "o",
                           "--scorers", "clip", *map(str, extra)])  # fmt: skip
 
 
@@ -205,13 +206,30 @@ def test_the_oracle_is_three_judges():
         assert np.array_equal(got, expected[question])
 
 
+@pytest.mark.parametrize("name", WEIGHT_KEYS)
+def test_a_judge_reads_its_own_keys(clip_folder, tmp_path, monkeypatch, name):
+    """Those by which its scores are told from others'."""
+    for file in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
+        torch.save(open_clip_state(), tmp_path / file)
+    torch.save({"layers.0.weight": torch.ones(1, DIMENSION), "layers.0.bias": torch.ones(1)}, tmp_path / "head.pth")
+    monkeypatch.setitem(sys.modules, "ImageReward", types.SimpleNamespace(load=lambda *a, **kw: None, __spec__=None))
+    places = {"hpsv2_checkpoints": tmp_path, "aesthetic_checkpoint": tmp_path / "head.pth", "imagereward_model": "x"}
+    places |= dict.fromkeys(("pickscore_model", "clip_h_processor", "clip_l_model"), clip_folder)
+    assert places.keys() == {key for keys in WEIGHT_KEYS.values() for key in keys}
+    read: set[str] = set()
+    c = config(*(a for item in places.items() for a in (f"--{item[0]}", item[1])), kind=recording(read))
+    load_scorer(name, c, CPU)
+    assert read & places.keys() == set(WEIGHT_KEYS[name])
+    assert c.source_of(name) == " and ".join(str(places[key]) for key in WEIGHT_KEYS[name])
+
+
 @pytest.mark.parametrize("name", [s for s in SCORERS if not s.startswith("oracle") and s != "imagereward"])
 def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path, name):
     keys = ("pickscore_model", "clip_h_processor", "clip_l_model", "aesthetic_checkpoint", "hpsv2_checkpoints")
     c = config(*(a for key in keys for a in (f"--{key}", tmp_path)))
     with pytest.raises(UserError) as error:
         load_scorer(name, c, CPU)
-    assert str(error.value).startswith(f"scorer '{name}': loading {source_of(name, c)} failed: ")
+    assert str(error.value).startswith(f"scorer '{name}': loading {c.source_of(name)} failed: ")
     assert "\n" not in str(error.value)
 
 

@@ -20,10 +20,10 @@ FLOORS = (
     ("ncp.training",),
     ("filtering", "evaluation"),
     PROGRAMS,
-    ("tiny", "benchmarks"),  # which use the programs
+    ("tiny", "benchmarks", "study"),  # which use the programs
 )
 # What the evaluation knows of the embedded default: its prompts and its judge, which import nothing above them.
-GROUND = ("tiny.world", "tiny.oracle")
+GROUND = ("tiny", "tiny.world", "tiny.oracle")
 LINES = 350
 SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, the figures on the progress bar
     "dpo": ("DPO", "ncp_dpo", "images_per_sample=2", '"loss", "accuracy", "margin", "winner_drift"'),
@@ -34,7 +34,7 @@ SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, th
 
 def modules() -> dict[str, Path]:
     """Name to file of every module of the project but the tests."""
-    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study")
                                    for f in (ROOT / room).rglob("*.py"))]  # fmt: skip
     names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
     return {name.removesuffix(".__init__"): file for file, name in names.items()}

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 import train_ncp_dpo
-from evaluation import protocol
 from evaluation.prompts import read_prompts
+from evaluation.protocol import EvaluationConfig
 from ncp.common.config import parse
 from ncp.common.errors import run_program
 from ncp.training.engine import make_accelerator
@@ -91,7 +91,7 @@ def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
     return {"start": start, "pair": pair, "looked": looked, "row": row, "decoded": decoded, "judged": judged}
 
 
-def forecast(unit: dict[str, float], train: train_ncp_dpo.Config, evaluate: protocol.Config) -> dict[str, float]:
+def forecast(unit: dict[str, float], train: train_ncp_dpo.Config, evaluate: EvaluationConfig) -> dict[str, float]:
     """Seconds by step, from the units that `measure` gives and the work that the two configs ask for."""
     pairs = train.max_train_steps * train.train_batch_size * train.gradient_accumulation_steps
     looks = train.max_train_steps // train.heldout_steps * train.heldout_pairs
@@ -123,7 +123,7 @@ def main() -> None:
     train = parse(train_ncp_dpo.Config, ["--config", TRAIN, "--train_batch_size", str(PAIRS), "--report_to", "none"])
     unit = measure(train)
     train = parse(train_ncp_dpo.Config, ["--config", TRAIN])
-    expected = forecast(unit, train, parse(protocol.Config, ["--config", EVALUATE]))
+    expected = forecast(unit, train, parse(EvaluationConfig, ["--config", EVALUATE]))
     file = Path(sys.argv[1])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{in_words(seconds)}\n" for seconds in expected.values()))
