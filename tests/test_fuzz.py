@@ -145,7 +145,7 @@ def test_a_token_in_the_environment_is_written_nowhere(assets, tmp_path, monkeyp
     assert len(files) > 5 and all(TOKEN.encode() not in p.read_bytes() for p in files)
 
 
-CODE_RUNNERS = {"eval", "exec", "compile", "__import__", "load", "loads"}  # as bare names
+CODE_RUNNERS = {"eval", "exec", "compile", "__import__"}
 CODE_LIBRARIES = {"pickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "runpy"}
 MADE_SAFE = {"torch.load": "weights_only=True", "yaml.load": "_UniqueKeyLoader"}  # the second is a SafeLoader
 UNSAFE = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pd.read_pickle"}
@@ -161,6 +161,8 @@ def what_runs_code(source: str) -> list[str]:
                 found.append(name)
             case ast.ImportFrom(module=name) if name and name.partition(".")[0] in CODE_LIBRARIES:
                 found.append(text)
+            case ast.ImportFrom(module="torch" | "yaml", names=names):
+                found += [text] if any("load" in each.name for each in names) else []
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in CODE_LIBRARIES:
                 found += [text] if name != "UnpicklingError" else []
             case ast.Call(func=ast.Name(id=name)) if name in CODE_RUNNERS:
@@ -176,7 +178,7 @@ def what_runs_code(source: str) -> list[str]:
     ["torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "pickle.loads(b)", "yaml.load(f, Loader)",
      "yaml.unsafe_load(f)", "eval(text)", "exec(text)", "AutoModel.from_pretrained(n, trust_remote_code=True)",
      "np.load(f, allow_pickle=True)", "joblib.load(p)", "from pickle import load", "runpy.run_path(p)",
-     "load(f)"],
+     "from torch import load", "from yaml import unsafe_load as load"],
 )  # fmt: skip
 def test_what_would_run_code_is_found(line):
     assert what_runs_code(line)

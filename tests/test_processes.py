@@ -158,7 +158,7 @@ def test_what_a_launcher_says(monkeypatch, environment, seen, said):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = processes.misunderstanding(seen)
+    found = processes.launcher_mismatch(seen)
     assert found is None if said is None else said in found and "\n" not in found
 
 
