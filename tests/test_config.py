@@ -5,14 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from runs import SCRIPTS
 
-import train_ncp_cpo
-import train_ncp_dpo
-import train_ncp_sft
 from ncp.common.config import option, parse, save_yaml
 from ncp.common.errors import UserError, run_program
 
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
 

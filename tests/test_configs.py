@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import SCRIPTS
 
 import cache_latents
-import train_ncp_cpo
-import train_ncp_dpo
-import train_ncp_sft
 from ncp.common.config import grouped, parse
 from ncp.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # Keys that a file may give their default: what is looked for first in a run, and what the published settings are about.
