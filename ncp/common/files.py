@@ -40,7 +40,7 @@ def temporary_for(path: Path) -> Path:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Gives a finished file or folder its name, once the disk has its content."""
     if temporary.is_dir():
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _wait_for_disk(file)
         remove(path)  # a folder cannot replace another
     _wait_for_disk(temporary)
