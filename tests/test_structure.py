@@ -28,7 +28,7 @@ FLOORS = (
     ("ncp.training",),
     ("filtering", "evaluation"),
     PROGRAMS,
-    ("tiny", "benchmarks"),  # which use the programs
+    ("tiny", "benchmarks", "study"),  # which use the programs
 )
 # What the evaluation knows of the embedded default: its prompts and its judge, which import nothing above them.
 GROUND = ("tiny", "tiny.world", "tiny.oracle")
@@ -42,7 +42,7 @@ SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, th
 
 def modules() -> dict[str, Path]:
     """Name to file of every module of the project but the tests."""
-    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study")
                                    for f in (ROOT / room).rglob("*.py"))]  # fmt: skip
     names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
     return {name.removesuffix(".__init__"): file for file, name in names.items()}
