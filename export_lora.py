@@ -37,16 +37,23 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    lora: str = option(doc="output folder or checkpoint folder of a training script")
+    """The keys of export_lora.py."""
+
+    lora: str = option(group="what is written", doc="output folder or checkpoint folder of a training script")
     output: str | None = option(
-        None, doc="the .safetensors file to write, or with fuse the folder; null: in the LoRA's folder, named after it"
+        None,
+        doc="file to write (.safetensors), or with fuse the folder; null: in the LoRA's folder, named as it or fused",
     )
     precision: str = option(
-        "fp32", choices=tuple(PRECISIONS), doc="of the weights written; fp16 and bf16 take half the space"
+        "fp32",
+        choices=tuple(PRECISIONS),
+        doc="precision of the weights written; fp16 and bf16 take half the space of fp32",
     )
     fuse: bool = option(False, doc="write the base model's whole pipeline with the LoRA in its weights")
     pretrained_model_name_or_path: str | None = option(
-        None, doc="base pipeline, folder or hub id; null: the one that the LoRA's config.yaml names"
+        None,
+        group="base model",
+        doc="base pipeline: folder or hub id; null: the one that the LoRA's config.yaml names",
     )
     revision: str | None = option(None, doc="hub revision of the base; null: the one in config.yaml")
     variant: str | None = option(None, doc="weight file variant of the base; null: the one in config.yaml")

@@ -1,6 +1,7 @@
 """export_lora.py: output folders and checkpoints, new and old, to kohya's file and to a pipeline without a LoRA."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support import python
 
 import export_lora
+from ncp.common import files
 from ncp.common.errors import UserError
 from ncp.training.fuse import fuse
 from ncp.training.weights import WEIGHTS
@@ -288,5 +290,15 @@ def test_the_program_is_called_as_documented(runs, tmp_path):
     done = python("export_lora.py", "--lora", out, "--output", tmp_path / "x.safetensors", "--precision", "bf16")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith(f"wrote {tmp_path / 'x.safetensors'} (") and "rank 4, alpha 4, bf16" in done.stdout
-    refused = python("export_lora.py", "--lora", tmp_path)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: lora: no ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to name what is synced")
+def test_a_fused_pipeline_is_on_the_disk_before_it_has_its_name(runs, tmp_path, monkeypatch):
+    """Its weights lie in folders within the folder."""
+    synced, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda n: (synced.append(os.readlink(f"/proc/self/fd/{n}")), fsync(n)))
+    monkeypatch.setattr(files.os, "replace", lambda *pair: (synced.append("replace"), replace(*pair)))
+    export("--lora", runs["sd"][0], "--fuse", "--output", tmp_path / "fused")
+    before = synced[: synced.index("replace")]
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "fused" / weights).is_file() and str(tmp_path / ".fused.tmp" / weights) in before
