@@ -29,6 +29,7 @@ PROGRAMS = {
     "train_ncp_sft.py": ("train_ncp_sft:Config", SHARED),
     "filter_pickapic.py": ("filtering.settings:FilterConfig", None),
     "evaluate.py": ("evaluation.protocol:EvaluationConfig", None),
+    "export_lora.py": ("export_lora:ExportConfig", None),
 }
 
 INTRODUCTION = f"""# Configuration
@@ -43,7 +44,7 @@ A file in `configs/` holds what defines its run, in the order of this page; all 
 run was made with, every key of it, is in `config.yaml` in its output folder, which is a config file too.
 
 Contents: [published settings](#published-settings), [training](#training), [filter](#filter_pickapicpy),
-[evaluation](#evaluatepy).
+[evaluation](#evaluatepy), [export](#export_lorapy).
 """
 
 PUBLISHED = """## Published settings

@@ -12,7 +12,15 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 
-PROGRAMS = ("train_ncp_dpo", "train_ncp_cpo", "train_ncp_sft", "filter_pickapic", "cache_latents", "evaluate")
+PROGRAMS = (
+    "train_ncp_dpo",
+    "train_ncp_cpo",
+    "train_ncp_sft",
+    "filter_pickapic",
+    "cache_latents",
+    "export_lora",
+    "evaluate",
+)
 # Floors, from the ground up. A module belongs to the first prefix that fits it.
 FLOORS = (
     ("ncp.common",),

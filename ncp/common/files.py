@@ -40,7 +40,7 @@ def temporary_for(path: Path) -> Path:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Gives a finished file or folder its name, once the disk has its content."""
     is_folder = temporary.is_dir()
-    for file in [*temporary.iterdir()] if is_folder else []:
+    for file in [*temporary.rglob("*")] if is_folder else []:
         _wait_for_disk(file)
     _wait_for_disk(temporary)
     if is_folder:

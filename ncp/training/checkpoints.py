@@ -5,8 +5,9 @@ A checkpoint is a folder `checkpoint-STEP` of
     pytorch_lora_weights.safetensors   the training weights, in diffusers' format
     optimizer.pt                       state of the optimizer, the gradient scaler and the average; tensors and numbers
     config.yaml                        the run's configuration
-    manifest.json                      step, time, figures since the last log entry, what the run's result depends on
-                                       beside its config (`inputs`), and each file's size and sha256
+    manifest.json                      step, time, figures since the last log entry, what an exported LoRA says of the
+                                       run (`facts`), what its result depends on beside its config (`inputs`), and
+                                       each file's size and sha256
 """
 
 from __future__ import annotations
