@@ -55,7 +55,11 @@ def test_in_float32_the_step_is_as_exact_as_equation_2_at_every_timestep(kind):
     k_t = (1 - a / b) / (a / b * (1 - a)).sqrt()
     exact = -k_t * (eps_theta.double() - eps)
     x0_theta = (x_t - (1 - a).sqrt() * eps_theta) / a.sqrt()
-    output = {"epsilon": eps_theta, "v_prediction": a.sqrt() * eps_theta - (1 - a).sqrt() * x0_theta, "sample": x0_theta}
+    output = {
+        "epsilon": eps_theta,
+        "v_prediction": a.sqrt() * eps_theta - (1 - a).sqrt() * x0_theta,
+        "sample": x0_theta,
+    }
     x_theta = reverse_step(s, to_x0(s, output[kind].float(), t, x_t), t, t - 1, x_t, z)
     got = x_theta - reverse_step(s, x0, t, t - 1, x_t, z)
     error = (got - exact).square().mean((1, 2, 3)).sqrt() / exact.square().mean((1, 2, 3)).sqrt()

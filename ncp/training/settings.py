@@ -15,7 +15,22 @@ class TrainingConfig:
     """What the three scripts have in common. Names are diffusers' where diffusers has one."""
 
     # model
-    pretrained_model_name_or_path: str = option(doc="diffusers pipeline folder or hub id, SD or SDXL architecture")
+    pretrained_model_name_or_path: str = option(
+        doc="diffusers pipeline folder, hub id, or .safetensors checkpoint as on Civitai; SD or SDXL architecture"
+    )
+    single_file_config: str | None = option(
+        None,
+        doc="of such a checkpoint: a diffusers pipeline folder or hub id whose configs and tokenizers fit; null: those "
+        "of SD 1.x, SD 2.x or SDXL, and CLIP's tokenizer from the hub",
+    )
+    prediction_type: str | None = option(
+        None,
+        choices=("epsilon", "v_prediction", "sample"),
+        doc="what the U-Net predicts; null: as the model says",
+    )
+    rescale_betas_zero_snr: bool | None = option(
+        None, doc="noise schedule with zero terminal SNR, as of NoobAI-XL's v-prediction; null: as the model says"
+    )
     revision: str | None = option(None, doc="hub revision of the model")
     variant: str | None = option(None, doc="weight file variant, such as fp16")
     pretrained_vae_model_name_or_path: str | None = option(
