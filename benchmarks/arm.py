@@ -55,7 +55,7 @@ class Arm:
             pipe = None if self.kind == "cached" else load_pipe(config, description, self.accelerator)
         else:
             description = architectures.description(model)
-            unet, scheduler = architectures.unet(model, dtype, self.device), architectures.scheduler()
+            unet, scheduler = architectures.unet(model, dtype, self.device), architectures.scheduler(model)
             upcast = torch.float32 if model == "sdxl" else dtype
             pipe = None if self.kind == "cached" else architectures.pipe(model, dtype, upcast, self.device)
         if self.kind == "straightforward":
