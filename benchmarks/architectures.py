@@ -79,7 +79,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def _build(kind: type, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def _build(kind: Any, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     with _dtype(dtype), device:
         return kind.from_config(settings).eval().requires_grad_(False)
 

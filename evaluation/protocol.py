@@ -15,6 +15,8 @@ PROTOCOL = (
     "pretrained_model_name_or_path",
     "revision",
     "variant",
+    "prediction_type",
+    "rescale_betas_zero_snr",
     "pretrained_vae_model_name_or_path",
     "seed",
     "scheduler",
@@ -45,14 +47,29 @@ class EvaluationConfig:
     """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
 
     # models
-    pretrained_model_name_or_path: str = option(doc="base pipeline: diffusers folder or hub id, SD or SDXL")
+    pretrained_model_name_or_path: str = option(
+        doc="base pipeline: diffusers folder, hub id, or .safetensors checkpoint as on Civitai; SD or SDXL"
+    )
+    single_file_config: str | None = option(
+        None,
+        doc="of such checkpoints: a diffusers pipeline folder or hub id whose configs and tokenizers fit; null: those "
+        "of SD 1.x, SD 2.x or SDXL, and CLIP's tokenizer from the hub",
+    )
+    prediction_type: str | None = option(
+        None, choices=("epsilon", "v_prediction", "sample"), doc="what the base's U-Net predicts; null: as it says"
+    )
+    rescale_betas_zero_snr: bool | None = option(
+        None, doc="the base's noise schedule with zero terminal SNR; null: as it says"
+    )
     revision: str | None = option(None, doc="hub revision of the base pipeline")
     variant: str | None = option(None, doc="weight file variant, such as fp16")
     pretrained_vae_model_name_or_path: str | None = option(
         None, doc="another VAE (folder or hub id), such as an fp16-safe one for SDXL; null: the model's own"
     )
     models: list[str] = option(
-        ["base"], doc="base, and NAME=PATH of LoRA, U-Net or pipeline folders or hub ids; the first is the reference"
+        ["base"],
+        doc="base, and NAME=PATH of LoRA, U-Net or pipeline folders, hub ids or .safetensors files (LoRAs, whole "
+        "checkpoints); the first is the reference",
     )
     runs: list[str] = option([], doc="NAME=OUTPUT_DIR of training runs: their checkpoints are drawn, for the curves")
     # prompts

@@ -26,7 +26,7 @@ def true_output(s, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torc
 @pytest.mark.parametrize("changes", [{}, ZERO_SNR])
 def test_the_posterior_is_equation_2_at_every_timestep_in_float64(changes, k):
     # Eq. 2 with eps = (x_t - sqrt(abar) x0) / sqrt(1 - abar) put in:
-    #   x_t / sqrt(alpha) - (1 - alpha) / (sqrt(alpha) (1 - abar)) x_t + (1 - alpha) sqrt(abar) / (sqrt(alpha) (1 - abar)) x0
+    #   x_t / sqrt(alpha) - u x_t + u sqrt(abar) x0,   u = (1 - alpha) / (sqrt(alpha) (1 - abar))
     # It divides by sqrt(alpha), which is 0 at abar = 0; elsewhere the coefficients are the posterior's.
     s = scheduler(**changes)
     t = torch.arange(k, T)

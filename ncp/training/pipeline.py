@@ -143,7 +143,7 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
     """
     name, given = config.pretrained_model_name_or_path, config.single_file_config
     scheduler = read_json(name, SCHEDULER, config.revision, given)
-    own = {key: getattr(config, key) for key in ("prediction_type", "rescale_betas_zero_snr")}
+    own = {"prediction_type": config.prediction_type, "rescale_betas_zero_snr": config.rescale_betas_zero_snr}
     if own := {key: value for key, value in own.items() if value is not None}:
         return scheduler | own, f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
     if not single_file.is_single_file(name):
@@ -160,20 +160,24 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
     """Raises UserError for a noise schedule, or a prediction, that the method cannot use."""
-    kind, zero = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
-    if kind not in PREDICTION_TYPES:
-        raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
     if "FlowMatch" in (found := scheduler.get("_class_name", "")):
         raise UserError(f"{name}: {found} is a flow-matching scheduler; the method needs a DDPM schedule")
     if found.startswith("EDM"):
         raise UserError(f"{name}: {found} has EDM's noise levels (Playground 2.5); the method needs a DDPM schedule")
-    if zero and kind == "epsilon":
+    check_prediction(name, scheduler)
+    if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
+        raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
+
+
+def check_prediction(name: str, scheduler: dict[str, Any]) -> None:
+    """Raises UserError for what no U-Net of Stable Diffusion predicts, or not at this schedule's end."""
+    if (kind := scheduler.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+        raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
+    if kind == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
         raise UserError(
             f"{name}: zero terminal SNR with epsilon, which says nothing of the image where x_t is pure noise; set "
             "prediction_type: v_prediction, or rescale_betas_zero_snr: false"
         )
-    if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
-        raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
 
 
 def guesses(config: TrainingConfig, scheduler: dict[str, Any]) -> list[str]:

@@ -49,6 +49,11 @@ def is_single_file(name: str) -> bool:
     return Path(name).is_file()
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a .safetensors file holds a U-Net as such checkpoints do. Raises UserError if the file is damaged."""
+    return any(name.startswith(UNET) for name in read_header(path))
+
+
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Tensors' names to dtype, shape and data_offsets. Raises UserError if this is no such file, or a cut one."""
     return _read_header(path, path.stat().st_size, path.stat().st_mtime_ns)
