@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import cache_latents
 import train_ncp_dpo
 from ncp.common import hub, lock
-from ncp.common.config import parse
+from ncp.common.config import parse, read_yaml
 from ncp.common.errors import UserError
-from ncp.training import memory
+from ncp.training import memory, resume
 from ncp.training import single_file as files
 from ncp.training.pipeline import describe, identity, read_json, read_schedule
 from ncp.training.weights import WEIGHTS
@@ -331,3 +331,15 @@ def test_settings_override_what_a_file_says_and_are_announced(assets, tmp_path):
     assert described("--prediction_type", "sample").prediction.startswith("sample with zero terminal SNR")
     notes = described("--variant", "fp16").notes
     assert notes == ["revision and variant mean nothing to a single file"]
+
+
+def test_a_checkpoint_from_before_these_keys_is_resumed(assets, tmp_path, monkeypatch):
+    new = ("single_file_config", "prediction_type", "rescale_betas_zero_snr")
+    argv = arguments(assets, tmp_path / "out", "xl", "--checkpointing_steps", "1")
+    run([*argv, "--max_train_steps", "1"])
+    monkeypatch.setattr(resume, "read_yaml", lambda path: {k: v for k, v in read_yaml(path).items() if k not in new})
+    argv += ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(UserError, match=r"prediction_type None .this run: v_prediction"):
+        run([*argv, "--prediction_type", "v_prediction"])
+    run(argv)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
