@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from pipelines import scheduler
+from accelerate.state import AcceleratorState, PartialState
+from pipelines import SIDE, save_dataset, save_pipeline, scheduler
+from safetensors.torch import load_file
 
+import train_ncp_cpo
+import train_ncp_dpo
+import train_ncp_sft
+from ncp.common import lock
 from ncp.ddpm import PREDICTION_TYPES, abar_at, add_noise, posterior, previous, reverse_step, to_epsilon, to_x0
+from ncp.training.weights import WEIGHTS
 
 T = 1000
 ZERO_SNR = {"rescale_betas_zero_snr": True}
@@ -111,3 +118,46 @@ def test_at_zero_snr_the_latent_baseline_is_zero_without_a_gradient(kind):
     a = s.alphas_cumprod[t].double()
     expected = 0.01 * (a if kind == "v_prediction" else a / (1 - a))
     torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    save_pipeline(folder / "sd")
+    save_dataset(folder / "data" / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "space", "kind"),
+    [
+        (train_ncp_dpo, "perceptual", "v_prediction"),
+        (train_ncp_cpo, "perceptual", "v_prediction"),
+        (train_ncp_sft, "perceptual", "sample"),
+        (train_ncp_dpo, "perceptual", "sample"),
+        (train_ncp_dpo, "latent", "v_prediction"),
+        (train_ncp_cpo, "latent", "sample"),
+        (train_ncp_sft, "latent", "v_prediction"),
+    ],
+)
+def test_scripts_train_at_zero_snr_on_perceptual_losses_and_learn_nothing_there_on_latent_ones(
+    assets, tmp_path, monkeypatch, script, space, kind
+):
+    monkeypatch.setattr("ncp.training.run.print_estimate", lambda *_: None)
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    settings = {
+        "pretrained_model_name_or_path": assets / "sd", "prediction_type": kind, "rescale_betas_zero_snr": "true",
+        "timestep_offset": T - 1,  # t is T - 1 in every sample
+        "space": space, "dataset_name": assets / "data", "cache_dir": assets / "cache", "output_dir": tmp_path / "out",
+        "resolution": SIDE, "mixed_precision": "no", "max_train_steps": 2, "learning_rate": 1e-3, "rank": 4,
+        "use_8bit_adam": "false", "dataloader_num_workers": 0, "report_to": "none",
+    }  # fmt: skip
+    try:
+        script.main([str(a) for key, value in settings.items() for a in (f"--{key}", value)])
+    finally:
+        lock.release()
+    weights = load_file(tmp_path / "out" / WEIGHTS)
+    assert all(v.isfinite().all() for v in weights.values())
+    learned = max(v.abs().max() for name, v in weights.items() if "lora.up" in name)
+    assert learned > 1e-4 if space == "perceptual" else learned == 0
