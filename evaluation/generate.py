@@ -20,6 +20,7 @@ from evaluation.models import (
     find_models,
     has_a_sampler_of_its_own,
     open_pipeline,
+    sampler,
 )
 from evaluation.processes import processes
 from evaluation.prompts import read_prompts
@@ -60,6 +61,7 @@ def generate(config: EvaluationConfig) -> None:
     """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
     base = find_base(config)
     models = find_models(config, base)
+    sampler(base, config)  # for what it refuses, before anything is written
     prompts, repeated = read_prompts(config)
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():

@@ -72,6 +72,10 @@ def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
     """The model behind a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
+        from ncp.training import single_file  # here and below: it takes seconds, which not every step needs
+
+        if single_file.is_checkpoint(place):
+            return _in_one_file(name, path, config)
         return Model(name, "lora", path, digest := sha256(place), parts={"weights": digest})
     if not place.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
@@ -94,6 +98,21 @@ def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
     from ncp.training.pipeline import identity
 
     return {**{k: v for k, v in base.parts.items() if k != "vae"}, "replacement VAE": identity(vae, None, "")}
+
+
+def _in_one_file(name: str, path: str, config: EvaluationConfig) -> Model:
+    """A whole checkpoint: known by the file, the tokenizers and the configs. Raises UserError for one of no use."""
+    from ncp.training import single_file
+
+    place, given = Path(path), config.single_file_config
+    parts = {"checkpoint": sha256(place)}
+    for part in ("tokenizer", "tokenizer_2")[: 1 + (single_file.architecture(place) == "sdxl")]:
+        parts[part] = single_file.identity(place, given, part)
+    configs = single_file.configs_of(place, given)
+    used = sorted(f for part in single_file.PREFIXES["sdxl"] for f in configs.glob(f"{part}/*.json"))
+    parts["configs"] = hashlib.sha256("".join(f.parent.name + sha256(f) for f in used).encode()).hexdigest()
+    whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Model(name, "pipeline", path, whole, parts=parts)
 
 
 def changed_parts(now: dict[str, str], before: dict[str, str]) -> str:
@@ -125,22 +144,37 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     import torch
     import transformers
 
+    from ncp.training import single_file
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     base = config.pretrained_model_name_or_path
     name = model.path if model.kind == "pipeline" else base
     where = {"revision": config.revision if name == base else None, "variant": config.variant}
-    replacement = config.pretrained_vae_model_name_or_path
+    replacement, given = config.pretrained_vae_model_name_or_path, config.single_file_config
+    in_one = single_file.is_single_file(name)
     vae_from: dict[str, str | None] = {"pretrained_model_name_or_path": replacement or name}
     vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
-        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use.
-        parts = {"scheduler": sampler(model, config), "safety_checker": None}
-        upcast = diffusers.AutoencoderKL.load_config(**vae_from).get("force_upcast", True)  # AutoencoderKL's default
-        vae_dtype = torch.float32 if upcast else dtype
-        parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
+        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use. The
+        # feature extractor is the safety checker's; SD 1.5's files name it by a class that is no more.
+        parts = {"scheduler": sampler(model, config), "safety_checker": None, "feature_extractor": None}
+        if in_one and not replacement:
+            vae_config = single_file.read_json(Path(name), given, "vae/config.json")
+        else:
+            vae_config = diffusers.AutoencoderKL.load_config(**vae_from)
+        vae_dtype = torch.float32 if vae_config.get("force_upcast", True) else dtype  # AutoencoderKL's default
+        if in_one and not replacement:
+            parts["vae"] = single_file.load_part(Path(name), given, diffusers.AutoencoderKL, "vae", vae_dtype)
+        else:
+            parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
+        if in_one:
+            index = single_file.read_json(Path(name), given, "model_index.json")
+            kind = getattr(diffusers, index["_class_name"])
+            pipe = single_file.load_pipeline(Path(name), given, kind, dtype, **parts)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
         if "unet" in model.kind:
             folder = {"subfolder": "unet"} if model.kind == "unet" else {}
             unet = diffusers.UNet2DConditionModel.from_pretrained(model.path, dtype=dtype, **folder)
@@ -164,10 +198,10 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     """
     import diffusers
 
-    from ncp.training.pipeline import read_json, scheduler_like
+    from ncp.training.pipeline import check_prediction, read_json, read_schedule, scheduler_like
 
     base = config.pretrained_model_name_or_path
-    settings = read_json(base, SCHEDULER, config.revision)
+    settings, _ = read_schedule(config)
     if config.scheduler == "pipeline":
         changes: dict[str, Any] = {}
         cls = getattr(diffusers, str(settings.get("_class_name")), None)
@@ -181,8 +215,9 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
             "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
         }[config.scheduler]
     if model.kind == "pipeline" and model.path != base:
-        own = read_json(model.path, SCHEDULER, None)
+        own = read_json(model.path, SCHEDULER, None, config.single_file_config)
         settings = sampler_settings(settings) | {k: v for k, v in own.items() if k in SCHEDULE}
+    check_prediction(model.path, settings)
     return scheduler_like(cls, settings, **changes)
 
 
@@ -198,7 +233,8 @@ def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
     base = config.pretrained_model_name_or_path
     if model.kind != "pipeline" or model.path == base:
         return False
-    own, bases = read_json(model.path, SCHEDULER, None), read_json(base, SCHEDULER, config.revision)
+    own = read_json(model.path, SCHEDULER, None, config.single_file_config)
+    bases = read_json(base, SCHEDULER, config.revision, config.single_file_config)
     return sampler_settings(own) != sampler_settings(bases)
 
 
