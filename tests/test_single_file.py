@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from layouts import build, save_as_on_hub, single_file
+from layouts import build, ldm_unet, ldm_vae, save_as_on_hub, single_file
 from pipelines import SIDE, save_dataset, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -77,6 +78,32 @@ def test_every_tensor_of_a_file_arrives(assets, kind):
         assert before.keys() == after.keys() and len(before) > 30
         assert all(torch.equal(before[k], after[k]) for k in before), part
     assert loaded("a cat", num_inference_steps=1, height=SIDE, width=SIDE, output_type="np").images.shape[1] == SIDE
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_files_of_the_published_depth_arrive(tmp_path, kind):
+    """U-Net and VAE of the published configs but for their widths: the numbers of blocks decide the tensors' names."""
+    narrow = {
+        "unet": {"cross_attention_dim": 64, "attention_head_dim": 2, "projection_class_embeddings_input_dim": 72},
+        "vae": {"block_out_channels": [32, 32, 64, 64]},
+    }
+    narrow["unet"] |= {"block_out_channels": [32, 64, 96, 96][: 3 if kind == "sdxl" else 4]}
+    narrow["unet"] |= {"addition_time_embed_dim": 8} if kind == "sdxl" else {}
+    shutil.copytree(files.ARCHITECTURES / kind, tmp_path / "configs")
+    tensors, made = {prefix + "x": torch.zeros(1) for prefix in files.PREFIXES[kind].values()}, {}
+    for part, changes in narrow.items():
+        file = tmp_path / "configs" / part / "config.json"
+        config = {k: changes.get(k, v) for k, v in json.loads(file.read_text()).items()}
+        file.write_text(json.dumps(config))
+        made[part] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(config)
+        rename = {"unet": ldm_unet, "vae": ldm_vae}[part]
+        tensors |= {files.PREFIXES[kind][part] + k: v.contiguous() for k, v in rename(made[part]).items()}
+    save_file(tensors, path := tmp_path / "m.safetensors")
+    assert files.architecture(path) == kind
+    for part, module in made.items():
+        loaded = files.load_part(path, str(tmp_path / "configs"), type(module), part, torch.float32).state_dict()
+        expected = module.state_dict()
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected), part
 
 
 def test_sd2_files_are_known_by_their_text_encoder(tmp_path):
