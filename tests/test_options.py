@@ -50,6 +50,9 @@ SHARED = [
     (["--adam_beta2", "0.5"], OTHER),
     (["--adam_epsilon", "1e-3"], OTHER),
     (["--adam_weight_decay", "0.5"], OTHER),
+    (["--prediction_type", "epsilon"], None),  # of two of the three models
+    (["--prediction_type", "sample"], OTHER),
+    (["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "true"], OTHER),
 ]
 CASES = [(kind, *option) for kind in SCRIPTS for option in OPTIONS]
 CASES += [(kind, *option) for kind, option in zip(itertools.cycle(SCRIPTS), SHARED, strict=False)]
@@ -58,7 +61,8 @@ OWN = {"dpo": ["--beta", "5"], "cpo": ["--beta", "5", "--lam", "1"], "sft": ["--
 # Tests of their own: files, resuming, held-out pairs, pictures, uploads, trackers, compilers, loader's workers.
 ELSEWHERE = frozenset(
     """
-    revision variant pretrained_vae_model_name_or_path dataset_split cached_latents corrupt_images torch_compile
+    single_file_config revision variant pretrained_vae_model_name_or_path dataset_split
+    cached_latents corrupt_images torch_compile
     resume_from_checkpoint heldout_pairs heldout_steps warn_winner_drift max_winner_drift tracker_project_name
     validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale validation_seed
     push_to_hub hub_model_id hub_private_repo max_skipped_steps gradient_accumulation_steps

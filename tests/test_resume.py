@@ -27,7 +27,8 @@ from ncp.training.weights import WEIGHTS
 def test_runs_killed_anywhere_end_as_if_they_had_not_been():
     done = python("tests/killing.py", "--every", "71", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"9 runs killed and resumed, 0 ended otherwise", done.stdout), done.stdout
+    said = re.search(r"(\d+) runs killed and resumed, 0 ended otherwise", done.stdout)
+    assert said and int(said[1]) >= 9, done.stdout
 
 
 # ---------------------------------------------------------------- the same run or another one
@@ -36,11 +37,11 @@ def test_runs_killed_anywhere_end_as_if_they_had_not_been():
 def test_every_key_is_mathematics_or_may_change():
     mathematics = {
         "revision", "variant", "prediction_type", "rescale_betas_zero_snr", "dataset_split", "max_train_samples",
-        "heldout_pairs", "resolution", "center_crop", "random_flip", "time_ids", "proportion_empty_prompts", "space", "encoder_blocks", "timestep_offset", "secant",
-        "secant_length", "beta", "lam", "loss_weight", "seed", "learning_rate", "scale_lr", "lr_warmup_steps",
-        "use_8bit_adam",
-        "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision",
-        "allow_tf32", "rank", "lora_alpha", "use_ema", "ema_decay",
+        "heldout_pairs", "resolution", "center_crop", "random_flip", "time_ids", "proportion_empty_prompts", "space",
+        "encoder_blocks", "timestep_offset", "secant", "secant_length", "beta", "lam", "loss_weight", "seed",
+        "learning_rate", "scale_lr", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "allow_tf32", "rank", "lora_alpha",
+        "use_ema", "ema_decay",
     }  # fmt: skip
     keys = {f.name for script in SCRIPTS.values() for f in dataclasses.fields(script.Config)}
     assert not mathematics & MAY_CHANGE and mathematics | MAY_CHANGE == keys
