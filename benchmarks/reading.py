@@ -1,12 +1,11 @@
-"""Where training reads its images from: the Arrow copy that `datasets` makes, or the parquet files themselves.
+"""Where training reads its images from: the Arrow copy that `datasets` makes, or the parquet files where they lie.
 
     python benchmarks/reading.py [--gigabytes 12] [--folder FOLDER] [--json FILE]
 
-Made up: rows of Pick-a-Pic's columns with JPEGs of 512 x 512 and 170 kB, all different, uncompressed and without a
-dictionary, as filter_pickapic.py writes them, in row groups of 10, 100 and 1000 rows. The loader of the training scripts
-(batches of 8 pairs in shuffled order, decoded at 512) runs on them with 0, 1 and 2 workers, each time in a new process
-and from a disk of which nothing is in memory; `only read` leaves out the decoding. For parquet a row is taken from its
-row group, memory-mapped, reading in pieces of 8 rows until it comes: the least that pyarrow can decode.
+Made up: rows of Pick-a-Pic's columns with JPEGs of 512 x 512 and 170 kB, all different, as filter_pickapic.py writes
+them, in row groups of 10, 100 and 1000 rows. The loader of the training scripts (batches of 8 pairs in shuffled order,
+decoded at 512) runs on them with 0, 1 and 2 workers, each time in a new process and from a disk of which nothing is in
+memory. `only read` leaves out the decoding; its processor time does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -42,68 +41,35 @@ IMAGES = ["jpg_0", "jpg_1"]
 COLUMNS = ["caption", "image_0_uid", "image_1_uid", *IMAGES, "label_0", "label_1"]
 
 
-class RowGroups:
-    """Rows of parquet files by number, decoded when they are asked for; only the footers are in memory."""
-
-    def __init__(self, files: list[Path]):
-        self.files = files
-        self.places: list[tuple[int, int, int]] = []  # (first row, file, row group)
-        self.rows = 0
-        for file, path in enumerate(files):
-            metadata = pq.read_metadata(path)
-            for group in range(metadata.num_row_groups):
-                self.places.append((self.rows, file, group))
-                self.rows += metadata.row_group(group).num_rows
-        self.first = np.array([first for first, _, _ in self.places])
-        self.opened: dict[int, pq.ParquetFile] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": {}}
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        first, file, group = self.places[int(np.searchsorted(self.first, row, side="right")) - 1]
-        if file not in self.opened:
-            self.opened[file] = pq.ParquetFile(self.files[file], memory_map=True)
-        at = row - first
-        batches = self.opened[file].iter_batches(8, row_groups=[group], columns=COLUMNS, use_threads=False)
-        for batch in batches:
-            if at < len(batch):
-                return batch.slice(at, 1).to_pylist()[0]
-            at -= len(batch)
-        raise IndexError(row)
-
-
 # ---------------------------------------------------------------- one arm, in a process of its own
 
 
 def measure(folder: Path, arm: str, workers: int, decode: bool, seconds: float) -> dict[str, float]:
-    import datasets
-
-    from ncp.training.pairs import Pairs, open_pairs
+    from ncp.training.pairs import Pairs
+    from ncp.training.rows import open_rows
     from ncp.training.samples import PairDataset, loader
+    from ncp.training.tables import copied
     from train_ncp_dpo import Config
 
-    datasets.disable_progress_bars()
     argv = ["--pretrained_model_name_or_path", "none", "--output_dir", "none", "--dataset_name", str(folder / "data")]
     argv += ["--cache_dir", str(folder / "arrow"), "--resolution", str(SIDE), "--train_batch_size", str(PAIRS)]
     config = parse(Config, [*argv, "--dataloader_num_workers", str(workers), "--max_train_steps", "100000"])
-    start = time.perf_counter()
-    if arm == "arrow":
-        pairs = open_pairs(config)
-    else:
-        files = sorted((folder / "data").glob("*.parquet"))
-        table = RowGroups(files)
-        pairs = Pairs(table, np.arange(table.rows), np.zeros(table.rows, np.int64), files, [], {})
+    start, files = time.perf_counter(), sorted((folder / "data").glob("*.parquet"))
+    table = copied(config, files, COLUMNS) if arm == "arrow" else open_rows(files, COLUMNS)
+    pairs = Pairs(table, np.arange(len(table)), np.zeros(len(table), np.int64), files, [], {})
     opened = time.perf_counter() - start
     if not decode:
         order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-        start, read = time.perf_counter(), 0
+        cpu, start, read = time.process_time(), time.perf_counter(), 0
         while time.perf_counter() - start < seconds and read < len(order):
             row = pairs.table[order[read]]
             assert len(row["jpg_0"]) + len(row["jpg_1"]) > IMAGE_BYTES
             read += 1
-        rate = 2 * read / (time.perf_counter() - start)
-        return {"open_s": opened, "images_per_s": rate, "disk_mb_per_image": disk_mb() / (2 * read)}
+        wall, cpu, images = time.perf_counter() - start, time.process_time() - cpu, 2 * read
+        return {
+            "open_s": opened, "images_per_s": images / wall, "cpu_ms_per_image": 1000 * cpu / images,
+            "disk_mb_per_image": disk_mb() / images,
+        }  # fmt: skip
     dataset = PairDataset(config, pairs, (4, SIDE // 8, SIDE // 8), 1000, images=2)
     start = time.perf_counter()
     batches = iter(loader(dataset, config, 0, 0, 1))
@@ -217,7 +183,8 @@ def main() -> None:
         if free < 2.2e9 * args.gigabytes:
             sys.exit(f"error: {folder} has {free / 1e9:.0f} GB free, {2.2 * args.gigabytes:.0f} are needed")
         print("images per second: only read; then decoded, with 0, 1 and 2 workers (seconds to the first batch)")
-        for arm, rows_per_group in (("arrow", 100), ("groups of 10", 10), ("groups of 100", 100), ("groups of 1000", 1000)):
+        arms = {"arrow": 100, "groups of 10": 10, "groups of 100": 100, "groups of 1000": 1000}
+        for arm, rows_per_group in arms.items():
             make(folder / "data", args.gigabytes, rows_per_group)
             shutil.rmtree(folder / "arrow", ignore_errors=True)
             found: dict[str, Any] = {"parquet_gb": size(folder / "data")}
@@ -228,14 +195,14 @@ def main() -> None:
             found["decoded"] = [launch(folder, arm, workers, True, args.seconds) for workers in (0, 1, 2)]
             figures[arm] = found
             cases = "".join(f"{c['images_per_s']:>7.0f} ({c['first_batch_s']:.1f} s)" for c in found["decoded"])
+            read = found["read"]
             print(
-                f"{arm:<16}{found['read']['images_per_s']:>7.0f}{cases}   open {found['read']['open_s']:.1f} s, "
-                f"{found['parquet_gb']:.1f} GB and {found['copy_gb']:.1f} GB beside it, "
-                f"{found['read']['disk_mb_per_image']:.2f} MB from the disk per image",
+                f"{arm:<16}{read['images_per_s']:>7.0f}{cases}   open {read['open_s']:.1f} s, "
+                f"{found['parquet_gb']:.1f} GB and {found['copy_gb']:.1f} GB beside it; reading an image takes "
+                f"{read['cpu_ms_per_image']:.1f} ms of a processor, {read['disk_mb_per_image']:.2f} MB from the disk",
                 flush=True,
             )
-        if "arrow" in figures:
-            print(f"making the Arrow copy took {figures['arrow']['copy_s']:.0f} s")
+        print(f"making the Arrow copy took {figures['arrow']['copy_s']:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

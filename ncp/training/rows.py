@@ -85,7 +85,8 @@ def open_rows(files: list[Path], columns: list[str]) -> ParquetRows:
 
 @lru_cache(OPEN_FILES)
 def opened(file: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(file, memory_map=True)
+    # Not memory-mapped: that is no faster here, and a file that is cut short would kill the process.
+    return pq.ParquetFile(file)
 
 
 def can_be_read_in_place(files: list[Path], columns: list[str]) -> bool:
