@@ -124,16 +124,24 @@ def check_types(schema: pa.Schema, name: str) -> None:
     tests = {
         "text": lambda t: pt.is_string(t) or pt.is_large_string(t),
         "number": lambda t: pt.is_floating(t) or pt.is_integer(t),
-        "binary": lambda t: pt.is_binary(t) or pt.is_large_binary(t),
+        "binary": is_binary,
         "true or false": pt.is_boolean,
+        "image": is_image,
     }
-    tests["image"] = lambda t: (
-        tests["binary"](t)
-        or (pt.is_struct(t) and t.get_field_index("bytes") >= 0 and tests["binary"](t.field("bytes").type))
-    )
     for field in schema:
         if not tests[kind := COLUMN_TYPES[field.name.split("_")[0]]](field.type):
             raise UserError(f"{name}: column {field.name} is {field.type}; expected {kind}")
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    return pt.is_binary(kind) or pt.is_large_binary(kind)
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """Bytes, or the struct that `datasets` makes of an image: its bytes (of type null if none has any) and path."""
+    if not pt.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return is_binary(kind)
+    return is_binary(kind.field("bytes").type) or pt.is_null(kind.field("bytes").type)
 
 
 # ---------------------------------------------------------------- the copy of `datasets`
@@ -152,7 +160,7 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
             )
         else:
             builder = datasets.load_dataset_builder(config.dataset_name, cache_dir=config.cache_dir)
-        announce(builder, files, columns or [])
+        announce(Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE), builder, files, columns or [])
         builder.download_and_prepare()
         return builder.as_dataset(split="train" if files else config.dataset_split)
     except UserError:
@@ -165,23 +173,20 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
         ) from None
 
 
-def announce(builder: Any, files: list[Path], columns: list[str]) -> None:
+def announce(folder: Path, builder: Any, files: list[Path], columns: list[str]) -> None:
     """Says how much disk the copy takes and where, unless it is there. Raises UserError if the disk has no room."""
-    folder = Path(builder.cache_dir)
-    if folder.exists() or os.environ.get("RANK", "0") != "0":  # the first process makes it for all
+    if Path(builder.cache_dir).exists() or os.environ.get("RANK", "0") != "0":  # the first process makes it for all
         return
     if files:
         need = sum(size for file in files for _, size in group_sizes(pq.read_metadata(file), columns))
     else:
         need = (builder.info.dataset_size or 0) + (builder.info.download_size or 0)
-    free = shutil.disk_usage(next(p for p in folder.parents if p.is_dir())).free
+    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
     size = f"about {need / 1e9:,.1f} GB" if need else "as much disk as the dataset twice"
     why = "row groups are too large to read one row from" if files else "it is on the hub"
-    print(f"{'copy':>16}: {size} to {folder.parents[2]}, once, since {why}; {free / 1e9:,.0f} GB free", flush=True)
+    print(f"{'copy':>16}: {size} to {folder}, once, since {why}; {free / 1e9:,.0f} GB free", flush=True)
     if need > free:
-        raise UserError(
-            f"cache_dir: {folder.parents[2]} needs {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there"
-        )
+        raise UserError(f"cache_dir: {folder} needs {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there")
 
 
 # ---------------------------------------------------------------- prompt, chosen, rejected
@@ -195,10 +200,11 @@ def as_pickapic(table: Any, name: str) -> Any:
     """
     import datasets
 
-    for side, column in enumerate(("chosen", "rejected")):
+    for column in ("chosen", "rejected"):
         if isinstance(table.features[column], datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
-        table = table.flatten()
+    table = table.flatten()
+    for side, column in enumerate(("chosen", "rejected")):
         if column in table.column_names:  # plain bytes
             table = table.rename_column(column, f"jpg_{side}")
         else:
