@@ -29,11 +29,12 @@ PIECE = 8  # rows decoded at a time, on the way to one
 class ParquetRows:
     """The rows of several files, one file after the other.
 
-    first (groups + 1,) int64: the number of each row group's first row, and how many rows there are. group (groups, 2)
+    changed: when each file last did, in ns. first (groups + 1,) int64: the number of each row group's first row, and how many rows there are. group (groups, 2)
     int64: which file it is in, and its number there.
     """
 
     files: list[Path]
+    changed: list[int]
     column_names: list[str]
     first: np.ndarray
     group: np.ndarray
@@ -44,9 +45,9 @@ class ParquetRows:
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Row `row` as a dict of its columns. Raises Unreadable if the file is damaged there, or has changed."""
         at = int(np.searchsorted(self.first, row, side="right")) - 1
-        file, number, left = self.files[self.group[at, 0]], int(self.group[at, 1]), row - int(self.first[at])
+        file, number, left = int(self.group[at, 0]), int(self.group[at, 1]), row - int(self.first[at])
         try:
-            batches = opened(file).iter_batches(
+            batches = opened(self.files[file], self.changed[file]).iter_batches(
                 PIECE, row_groups=[number], columns=self.column_names, use_threads=False
             )
             for batch in batches:
@@ -64,9 +65,9 @@ class ParquetRows:
     def read(self) -> pa.Table:
         """All rows, in memory. Raises UserError if a file is damaged."""
         tables = []
-        for file in self.files:
+        for file, changed in zip(self.files, self.changed, strict=True):
             try:
-                tables.append(opened(file).read(self.column_names).select(self.column_names))
+                tables.append(opened(file, changed).read(self.column_names).select(self.column_names))
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
         return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(None)
@@ -80,11 +81,13 @@ def open_rows(files: list[Path], columns: list[str]) -> ParquetRows:
         lengths += [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
         group += [(number, k) for k in range(metadata.num_row_groups)]
     first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return ParquetRows(files, columns, first, np.array(group, np.int64).reshape(-1, 2))
+    changed = [file.stat().st_mtime_ns for file in files]
+    return ParquetRows(files, changed, columns, first, np.array(group, np.int64).reshape(-1, 2))
 
 
 @lru_cache(OPEN_FILES)
-def opened(file: Path) -> pq.ParquetFile:
+def opened(file: Path, changed: int) -> pq.ParquetFile:
+    """The opened file, as it was when it last changed."""
     # Not memory-mapped: that is no faster here, and a file that is cut short would kill the process.
     return pq.ParquetFile(file)
 
