@@ -18,47 +18,55 @@ QUESTIONS = {  # what a format lets one ask; the first is its default
 class PrepareConfig:
     """What to read, what counts as a win, where to write."""
 
-    format: str = option(choices=FORMATS, doc="Which dataset's columns to expect; table: named by the options below")
-    dataset_name: str = option(doc="Local .parquet, .json, .jsonl or .csv file, or a folder of parquet files")
-    output_dir: str = option(doc="Folder to write; new, empty, or from the same run")
-    dataset_split: str = option("train", doc="Split of a folder of parquet files; files named for it if there are any")
-    images: str | None = option(
-        None, doc="Folder that the paths of images in the dataset start from; null: where the dataset lies"
+    format: str = option(
+        choices=FORMATS,
+        group="data",
+        doc="columns to expect: a published dataset's; prompt, chosen, rejected; or (table) what the keys below name",
     )
+    dataset_name: str = option(doc="local .parquet, .json, .jsonl or .csv file, or a folder of parquet files")
+    output_dir: str = option(
+        doc="folder to write train-*.parquet and manifest.json to; new, empty, or of the same run, which then continues"
+    )
+    dataset_split: str = option(
+        "train", doc="split to read of a folder: the files named for it (all are train if no file is named for any)"
+    )
+    images: str | None = option(
+        None, doc="folder that the paths of images start from; null: the folder in which the dataset is"
+    )
+    bad_images: str = option(
+        "error",
+        choices=("error", "skip"),
+        doc="at an image that is missing or no JPEG, PNG or WEBP: stop, or leave its pairs out and count them",
+    )
+    rows_per_file: int = option(1500, low=1, doc="rows per output file; 1500 of Pick-a-Pic are about 500 MB")
     question: str | None = option(
         None,
-        doc="What the judges were asked, or by which figure they ranked. rapidata: preference, alignment, coherence; "
-        "imagereward: rank, overall_rating, image_text_alignment_rating, fidelity_rating; null: the first of these",
+        group="preference",
+        doc="what was asked. rapidata: preference, alignment or coherence. imagereward: rank, overall_rating, "
+        "image_text_alignment_rating or fidelity_rating. null: the first of these",
     )
     min_share: float = option(
         0.5,
         low=0.5,
         high=1,
-        doc="Where shares of judges are known, the winner's must be above one half and at least this; less is a tie",
+        doc="share that a winner needs, beside more than one half, where shares of judges are known; less is a tie",
     )
-    bad_images: str = option(
-        "error",
-        choices=("error", "skip"),
-        doc="Stop at an image that is missing or no JPEG, PNG or WEBP, or skip it",
-    )
-    prompt_column: str = option("prompt", doc="Column of table with the prompt")
+    prompt_column: str = option("prompt", group="columns of a table", doc="column with the prompt")
     image_columns: list[str] = option(
-        ["image_0", "image_1"], doc="Two columns of table with the images: bytes, or paths from the folder images"
+        ["image_0", "image_1"], doc="the two columns with the images: bytes, or paths from the folder images"
     )
     preference_columns: list[str] = option(
         ["preference"],
-        doc="Column of table with the share of image 0 (a number from 0 to 1) or a word of preference_words, or two "
-        "columns with a score of each image, such as votes, none below 0",
+        doc="one column with the share of image 0 (from 0 to 1) or a word of preference_words; or two with a score of "
+        "each image of at least 0, such as votes",
     )
     preference_words: list[str] = option(
-        [],
-        doc="What the column says for the first image, the second, and a tie if there are any; []: numbers",
+        [], doc="words for: the first image, the second, and (if there are any) a tie; none: the column holds numbers"
     )
-    model_columns: list[str] = option([], doc="Two columns of table with the models that made the images; []: none")
+    model_columns: list[str] = option([], doc="two columns with the models that made the images; none: not known")
     created_at_column: str | None = option(
-        None, doc="Column of table with the time of the judgement, ISO or a timestamp; null: 1970-01-01 for all"
+        None, doc="column with the time of the judgement, ISO text or a timestamp; null: 1970-01-01 for all"
     )
-    rows_per_file: int = option(1500, low=1, doc="Rows per output file: 1500 are about 500 MB of Pick-a-Pic")
 
     def check(self) -> None:
         """Rules that span keys. Raises UserError."""

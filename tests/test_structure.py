@@ -13,8 +13,16 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 
-PROGRAMS = ("train_ncp_dpo", "train_ncp_cpo", "train_ncp_sft", "prepare_preferences", "filter_pickapic",
-            "cache_latents", "evaluate")  # fmt: skip
+PROGRAMS = (
+    "train_ncp_dpo",
+    "train_ncp_cpo",
+    "train_ncp_sft",
+    "prepare_preferences",
+    "filter_pickapic",
+    "cache_latents",
+    "export_lora",
+    "evaluate",
+)
 # Floors, from the ground up. A module belongs to the first prefix that fits it.
 FLOORS = (
     ("ncp.common",),
@@ -22,7 +30,7 @@ FLOORS = (
     ("ncp.training",),
     ("preparing", "filtering", "evaluation"),
     PROGRAMS,
-    ("tiny", "benchmarks"),  # which use the programs
+    ("tiny", "benchmarks", "study"),  # which use the programs
 )
 # What the evaluation knows of the embedded default: its prompts and its judge, which import nothing above them.
 GROUND = ("tiny", "tiny.world", "tiny.oracle")
@@ -36,7 +44,8 @@ SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, th
 
 def modules() -> dict[str, Path]:
     """Name to file of every module of the project but the tests."""
-    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "preparing", "filtering", "evaluation", "tiny", "benchmarks")
+    rooms = ("ncp", "preparing", "filtering", "evaluation", "tiny", "benchmarks", "study")
+    files = [*ROOT.glob("*.py"), *(f for room in rooms
                                    for f in (ROOT / room).rglob("*.py"))]  # fmt: skip
     names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
     return {name.removesuffix(".__init__"): file for file, name in names.items()}

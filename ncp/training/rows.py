@@ -29,8 +29,8 @@ PIECE = 8  # rows decoded at a time, on the way to one
 class ParquetRows:
     """The rows of several files, one file after the other.
 
-    changed: when each file last did, in ns. first (groups + 1,) int64: the number of each row group's first row, and how many rows there are. group (groups, 2)
-    int64: which file it is in, and its number there.
+    changed: when each file last did, in ns. first (groups + 1,) int64: the number of each row group's first row, and
+    how many rows there are. group (groups, 2) int64: which file it is in, and its number there.
     """
 
     files: list[Path]
