@@ -151,10 +151,11 @@ def test_files_that_differ_in_type_are_one_table(tmp_path):
 # ---------------------------------------------------------------- prompt, chosen, rejected
 
 
-def test_chosen_wins_and_uids_are_those_of_the_converted_dataset(tmp_path):
+def test_chosen_wins_and_uids_are_those_of_the_converted_dataset(tmp_path, capsys):
     """Read directly or through prepare_preferences.py: the same samples, in the same order, of the same images."""
     save_chosen_rejected(tmp_path / "data/train-0.parquet")
     direct = samples(tmp_path / "data", tmp_path, heldout_pairs=2)
+    assert "once, since its columns are prompt, chosen, rejected;" in capsys.readouterr().out
     prepared(["--format", "chosen_rejected", "--dataset_name", tmp_path / "data"], tmp_path / "out")
     converted = samples(tmp_path / "out", tmp_path, heldout_pairs=2)
     assert len(direct.pairs) == 4 and direct.pairs.heldout == 2

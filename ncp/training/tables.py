@@ -1,8 +1,8 @@
 """The table of a dataset in Pick-a-Pic's columns, wherever the dataset is.
 
-Local parquet files in small row groups are read where they are (ncp/training/rows.py). Of everything else the library
-`datasets` makes a memory-mapped copy in `cache_dir`, once. A table of `prompt`, `chosen`, `rejected` is shown in
-Pick-a-Pic's columns, chosen first.
+Local parquet files of Pick-a-Pic's columns in small row groups are read where they are (ncp/training/rows.py). Of
+everything else the library `datasets` makes a memory-mapped copy in `cache_dir`, once. A table of `prompt`, `chosen`,
+`rejected` is shown in Pick-a-Pic's columns, chosen first.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ def announce(folder: Path, builder: Any, files: list[Path], columns: list[str]) 
     free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
     size = f"about {need / 1e9:,.1f} GB" if need else "as much disk as the dataset twice"
     why = "row groups are too large to read one row from" if files else "it is on the hub"
+    why = f"its columns are {', '.join(CHOSEN_REJECTED)}" if files and "chosen" in columns else why
     print(f"{'copy':>16}: {size} to {folder}, once, since {why}; {free / 1e9:,.0f} GB free", flush=True)
     if need > free:
         raise UserError(f"cache_dir: {folder} needs {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there")
