@@ -27,6 +27,7 @@ PROGRAMS = {
     "train_ncp_dpo.py": ("train_ncp_dpo:Config", SHARED),
     "train_ncp_cpo.py": ("train_ncp_cpo:Config", SHARED),
     "train_ncp_sft.py": ("train_ncp_sft:Config", SHARED),
+    "prepare_preferences.py": ("preparing.settings:PrepareConfig", None),
     "filter_pickapic.py": ("filtering.settings:FilterConfig", None),
     "evaluate.py": ("evaluation.protocol:EvaluationConfig", None),
     "export_lora.py": ("export_lora:ExportConfig", None),
@@ -43,8 +44,8 @@ the command line a switch alone means true: `--use_ema`. `--help` of each progra
 A file in `configs/` holds what defines its run, in the order of this page; all other keys have their defaults. What a
 run was made with, every key of it, is in `config.yaml` in its output folder, which is a config file too.
 
-Contents: [published settings](#published-settings), [training](#training), [filter](#filter_pickapicpy),
-[evaluation](#evaluatepy), [export](#export_lorapy).
+Contents: [published settings](#published-settings), [training](#training), [other datasets](#prepare_preferencespy),
+[filter](#filter_pickapicpy), [evaluation](#evaluatepy), [export](#export_lorapy).
 """
 
 PUBLISHED = """## Published settings

@@ -26,7 +26,7 @@ from ncp.common.files import put_in_place, remove, sha256, temporary_for
 
 T = TypeVar("T")
 
-ROWS_PER_GROUP = 100  # of an output file with images: about 35 MB of Pick-a-Pic
+ROWS_PER_GROUP = 10  # of an output file with images: training reads single rows of it (ncp/training/rows.py)
 ROWS_PER_GROUP_OF_METADATA = 10**6  # of one without
 LOOK_AHEAD = 64  # reads of READ_ROWS rows, so that the writer has something to do while the next pages are decoded
 HOLD_BYTES = 256 << 20  # images waiting for their turn in memory; more wait on disk

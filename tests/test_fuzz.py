@@ -307,7 +307,7 @@ COLUMNS = {
     "captions are numbers": ({"caption": list(range(12))}, "column caption is int64; expected text"),
     "labels are text": ({"label_0": ["1"] * 12}, "column label_0 is string; expected number"),
     "uids are numbers": ({"image_1_uid": list(range(12))}, "column image_1_uid is int64; expected text"),
-    "images are lists": ({"jpg_0": [[1]] * 12}, "column jpg_0 is missing"),
+    "images are lists": ({"jpg_0": [[1]] * 12}, "column jpg_0 is list<element: int64>; expected binary"),
     "no label at all": ({"label_0": pa.nulls(12)}, "column label_0 is null; expected number"),
     "labels that mean nothing": (
         {"label_0": [float("inf"), float("nan"), -1, 2, None, 1e300] * 2},

@@ -1,4 +1,4 @@
-"""The decisive pairs of a dataset in Pick-a-Pic's columns: which rows train, and which are held out."""
+"""The decisive pairs of a dataset: which rows train, and which are held out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.common.judgements import Judgements, read_judgements
-from ncp.common.splits import local_files
 from ncp.training.settings import TrainingConfig
+from ncp.training.tables import COLUMNS, open_table, read_columns
 
-COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL = ("has_label", "best_image_uid")  # looked at where a dataset has them
-COLUMN_TYPES = {  # by the first word of the name
-    "caption": "text",
-    "image": "text",
-    "best": "text",
-    "label": "number",
-    "has": "true or false",
-    "jpg": "binary",
-}
 DROPPED = {  # the faults of `Judgements` in words
     "missing_caption": "without a caption",
     "missing_uid": "without an image's uid",
@@ -39,7 +28,7 @@ DROPPED = {  # the faults of `Judgements` in words
 
 @dataclass
 class Pairs:
-    """Decisive judgements of a dataset: `rows` of `table`, whose winner is image `winner` (0 or 1).
+    """Decisive judgements of a dataset: `rows` of `table` (`open_table`), whose winner is image `winner` (0 or 1).
 
     The last `heldout` of them never train and are not in its length. `source(row)` names where a row came from.
     `dropped` counts the other rows of `table`, by reason. `manifest` is filter_pickapic.py's, if it made the dataset.
@@ -59,7 +48,7 @@ class Pairs:
 
     def columns(self, names: list[str]) -> pa.Table:
         """These columns of the pairs' rows, in order, the held-out ones last."""
-        return self.table.select_columns(names).with_format("arrow")[:].take(pa.array(self.rows))
+        return read_columns(self.table, names).take(pa.array(self.rows))
 
     def source(self, row: int) -> str:
         if not self.files:
@@ -71,7 +60,7 @@ class Pairs:
     def name(self, index: int) -> dict[str, str]:
         """Where pair `index` is, and the uids of its winner and loser."""
         number, winner = int(self.rows[index]), int(self.winner[index])
-        row = self.table[number]
+        row = self.table.select_columns(["image_0_uid", "image_1_uid"])[number]
         uids = [str(row[f"image_{side}_uid"]) for side in (winner, 1 - winner)]
         return {"source": self.source(number), "winner": uids[0], "loser": uids[1]}
 
@@ -80,37 +69,11 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     """The decisive pairs of the configured dataset; rows that filter_pickapic.py would call faulty never train.
 
     With `cached_latents` the image columns are not read and need not be there. Raises UserError if the dataset is
-    missing or unreadable, lacks a column, differs from its manifest, or has too few decisive pairs.
+    missing or unreadable (see `open_table`), differs from its manifest, or has too few decisive pairs.
     """
-    import datasets
-
-    columns = tuple(c for c in COLUMNS if config.cached_latents is None or not c.startswith("jpg"))
-    local = local_files(config.dataset_name, config.dataset_split)
-    files = list(local.values()) if local else None
-    file_rows, optional = check_columns(files, columns) if files else ([], [])
+    table, files, file_rows = open_table(config)
     manifest = read_filter_manifest(Path(config.dataset_name)) if files else None
-    datasets.disable_progress_bars()
-    try:
-        if files:
-            table = datasets.load_dataset(
-                "parquet",
-                data_files={"train": [str(f) for f in files]},
-                split="train",
-                cache_dir=config.cache_dir,
-                columns=[*columns, *optional],
-            )
-        else:
-            table = datasets.load_dataset(config.dataset_name, split=config.dataset_split, cache_dir=config.cache_dir)
-    except Exception as error:  # datasets raises many kinds for a hub that does not answer
-        raise UserError(
-            f"dataset_name: '{config.dataset_name}' is no local folder, and loading it failed: {hub.reason(error)}"
-        ) from None
-    missing = [c for c in columns if c not in table.column_names]
-    if missing:
-        raise UserError(f"{config.dataset_name}: column {', '.join(missing)} is missing; expected {', '.join(columns)}")
-    table = table.select_columns([*columns, *(c for c in OPTIONAL if c in table.column_names)])
-    check_types(table, config.dataset_name)
-    texts = table.select_columns([c for c in table.column_names if not c.startswith("jpg")]).with_format("arrow")[:]
+    texts = read_columns(table, [c for c in table.column_names if not c.startswith("jpg")])
     if manifest and manifest["options"].get("best_image_uid") == "ignore" and "best_image_uid" in texts.column_names:
         texts = texts.drop_columns(["best_image_uid"])
     try:
@@ -134,51 +97,8 @@ def open_pairs(config: TrainingConfig) -> Pairs:
         "beyond max_train_samples": len(train) + len(held) - len(order),
     }
     dropped |= {reason: count for reason, count in left_out.items() if count}
-    table = table.select_columns(list(columns))
-    return Pairs(table, rows[order], winner[order], files or [], file_rows, dropped, manifest, heldout=len(held))
-
-
-def check_columns(files: list[Path], columns: tuple[str, ...]) -> tuple[list[int], list[str]]:
-    """(rows per parquet file, the OPTIONAL columns that they have).
-
-    Raises UserError naming the first file that is unreadable, or lacks a column or an optional one of the first's.
-    """
-    import pyarrow.parquet as pq
-
-    rows: list[int] = []
-    optional: list[str] = []
-    for file in files:
-        try:
-            metadata = pq.read_metadata(file)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-        missing = [c for c in columns if c not in metadata.schema.names]
-        if missing:
-            raise UserError(
-                f"{file}: column {', '.join(missing)} is missing; expected Pick-a-Pic's: {', '.join(columns)}"
-            )
-        has = [c for c in OPTIONAL if c in metadata.schema.names]
-        if rows and has != optional:
-            odd = ", ".join(sorted(set(has) ^ set(optional)))
-            raise UserError(f"{file}: column {odd} is there in some files and missing in others, such as {files[0]}")
-        rows.append(metadata.num_rows)
-        optional = has
-    return rows, optional
-
-
-def check_types(table: Any, name: str) -> None:
-    """Raises UserError naming the first column that is not text, a number or bytes as it should be."""
-    import pyarrow.types as pt
-
-    tests = {
-        "text": lambda t: pt.is_string(t) or pt.is_large_string(t),
-        "number": lambda t: pt.is_floating(t) or pt.is_integer(t),
-        "binary": lambda t: pt.is_binary(t) or pt.is_large_binary(t),
-        "true or false": pt.is_boolean,
-    }
-    for field in table.features.arrow_schema:
-        if not tests[kind := COLUMN_TYPES[field.name.split("_")[0]]](field.type):
-            raise UserError(f"{name}: column {field.name} is {field.type}; expected {kind}")
+    table = table.select_columns([c for c in table.column_names if c in COLUMNS])
+    return Pairs(table, rows[order], winner[order], files, file_rows, dropped, manifest, heldout=len(held))
 
 
 def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

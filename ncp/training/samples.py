@@ -106,7 +106,10 @@ class PairDataset(Dataset):
 
     def _pixels(self, index: int, flip: bool, place: np.ndarray, drop_prompt: bool) -> dict[str, Any]:
         number = int(self.pairs.rows[index])
-        row = self.pairs.table[number]
+        try:
+            row = self.pairs.table[number]
+        except Unreadable as error:
+            raise CorruptImage(unreadable(self.pairs.source(number), error)) from None
         winner = int(self.pairs.winner[index])
         place = np.array([0.5, 0.5]) if self.config.center_crop else place
         crops = []

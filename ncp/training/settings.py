@@ -50,7 +50,8 @@ class TrainingConfig:
     )
     dataset_name: str = option(
         group="data",
-        doc="preference pairs in Pick-a-Pic's columns: folder of parquet files, one parquet file, or hub dataset id",
+        doc="preference pairs in Pick-a-Pic's columns, or in prompt, chosen, rejected: folder of parquet files, one "
+        "parquet file, or hub dataset id",
     )
     dataset_split: str = option(
         "train",
@@ -59,8 +60,8 @@ class TrainingConfig:
     )
     cache_dir: str | None = option(
         None,
-        doc="folder for the datasets library's downloads and its memory-mapped copy of the dataset; null: the "
-        "library's default folder",
+        doc="folder for the datasets library's downloads and its memory-mapped copy of a dataset that is on the hub or "
+        "in large row groups; null: the library's default folder",
     )
     cached_latents: str | None = option(
         None,
