@@ -35,7 +35,7 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, str]]) -> list[dict[str, Any]]:
+def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row of the index per image, by model, then prompt, then sample."""
     rows = []
     for model in models:
@@ -72,7 +72,7 @@ def generate(config: EvaluationConfig) -> None:
     if state.is_main_process:
         if todo:  # an index of what is about to change would mislead, if this run is interrupted
             (folder / "index.parquet").unlink(missing_ok=True)
-        dropped = f" ({repeated} repeated ones left out)" if repeated else ""
+        dropped = f" (drawn once: {repeated} repeated)" if repeated else ""
         print(f"{len(models)} models x {len(prompts)} prompts{dropped} x {config.samples_per_prompt} samples", end=": ")
         print(f"{len(rows)} images, {len(rows) - len(todo)} of them drawn before")
         several = f"{state.num_processes} processes" if state.num_processes > 1 else "one process"

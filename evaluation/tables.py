@@ -30,6 +30,7 @@ INDEX = pa.schema(
         pa.field("prompt_number", pa.int64()),
         pa.field("prompt", pa.string()),
         pa.field("category", pa.string()),
+        pa.field("categories", pa.list_(pa.string())),
         pa.field("sample", pa.int64()),
         pa.field("seed", pa.int64()),
         pa.field("file", pa.string()),
