@@ -97,7 +97,7 @@ def find_endpoints(entries: list[str]) -> dict[str, Endpoint]:
 
 def hidden(entry: str) -> str:
     """An entry as it may be shown: without what stands between :// and @ in a URL."""
-    return re.sub(r"://[^/\s]*@", "://***@", entry)
+    return re.sub(r"://[^/\s,]*@", "://***@", entry)
 
 
 def question_of(judge: str, vlm_question: str) -> Question:
