@@ -1,8 +1,8 @@
 """A vision-language model's server on this machine, over HTTP, with the answers of vLLM's OpenAI-compatible one.
 
-    with FakeEndpoint("a-model") as server:
-        server.reply = lambda question, image: "Final Score: 3"       # or probabilities of the first token
-        ...  # server.url, server.requests
+with FakeEndpoint("a-model") as server:
+    server.reply = lambda question, image: "Final Score: 3"       # or probabilities of the first token
+    ...  # server.url, server.requests
 """
 
 from __future__ import annotations

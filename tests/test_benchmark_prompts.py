@@ -72,7 +72,9 @@ def test_dpg_benchs_folder_of_single_prompts_has_no_categories(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     columns = ("--prompt_column", "null", "--category_column", "null")
     rows, _ = read_prompts(preset("dpg_bench", "--prompts", tmp_path, *columns))
-    assert [(r["prompt"], r["categories"]) for r in rows] == [(p, [""]) for p in ("A red truck.", "A ladder.", "A house.")]
+    assert [(r["prompt"], r["categories"]) for r in rows] == [
+        (p, [""]) for p in ("A red truck.", "A ladder.", "A house.")
+    ]
     (tmp_path / "more.txt").write_text("A tree.\nA red truck.\n")  # files of several prompts are categories
     rows, repeated = read_prompts(preset("dpg_bench", "--prompts", tmp_path, *columns))
     assert [r["categories"] for r in rows] == [["1", "more"], ["256"], ["more"], ["partiprompts97"]] and repeated == 1

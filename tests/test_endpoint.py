@@ -298,7 +298,10 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(assets, out, serv
         ("vlm", "endpoints: 'vlm'; expected JUDGE=MODEL@URL, such as vqascore=Qwen/"),
         ("vlm=model", "expected JUDGE=MODEL@URL"),
         ("vlm=model@localhost:8000", "expected JUDGE=MODEL@URL"),
-        ("clip=model@http://h", "'clip' is no judge behind an endpoint; these are: vqascore, unifiedreward, hpsv3, vlm"),
+        (
+            "clip=model@http://h",
+            "'clip' is no judge behind an endpoint; these are: vqascore, unifiedreward, hpsv3, vlm",
+        ),
         ("vlm=m@http://user:password@h/v1", "the URL of 'vlm' holds one of @ ? #"),
         ("vlm=m@http://h/v1?api_key=abc", "a key is read from the environment (ENDPOINT_API_KEY)"),
         ("vlm=m@http://h:99999/v1", "is no URL"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import recording
 from PIL import Image
 from pipelines import tokenizer
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from evaluation import imagereward, mps
 from evaluation.imagereward import imagereward_scorer
 from evaluation.mps import CONDITION
 from evaluation.pickled import read_module
+from evaluation.protocol import WEIGHT_KEYS
 from evaluation.scorers import check_scorers, load_scorer
 from ncp.common.errors import UserError
 
@@ -433,6 +435,18 @@ def test_the_authors_pickled_module_is_read_without_their_code(mps_folder, tmp_p
     x, rounded = normalised_pixels(pictures), {k: v.float() for k, v in halved.items()}
     by_hand = [mps_by_hand(rounded, x[i : i + 1], p)[0] for i, p in enumerate(MPS_PROMPTS)]
     assert got.score(pictures, MPS_PROMPTS) == pytest.approx(by_hand, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["imagereward", "mps"])
+def test_a_judge_reads_its_own_keys(mps_folder, imagereward_folder, name):
+    """Those by which its scores are told from others'."""
+    places = {"imagereward_model": imagereward_folder, "imagereward_tokenizer": imagereward_folder,
+              "mps_checkpoint": mps_folder / "mps.pt", "clip_h_processor": mps_folder}  # fmt: skip
+    read: set[str] = set()
+    c = config(*(a for item in places.items() for a in (f"--{item[0]}", item[1])), kind=recording(read))
+    load_scorer(name, c, CPU)
+    assert read & places.keys() == set(WEIGHT_KEYS[name])
+    assert c.source_of(name) == " and ".join(str(places[key]) for key in WEIGHT_KEYS[name])
 
 
 class Evil:
