@@ -24,8 +24,8 @@ class FakeEndpoint:
     """reply(question, image): the reply's text, or {token: probability} of its first token.
 
     faults: what happens to the next chat completions, one each: a status, (status, headers, body), "drop" (the
-    connection ends without an answer), "cut" (in the middle of it), "hang" (no answer for `hang` seconds) or the body of
-    an answer with status 200. always: what happens to all of them.
+    connection ends without an answer), "cut" (in the middle of it), "hang" (no answer for `hang` seconds) or the body
+    of an answer with status 200. always: what happens to all of them.
     requests: the bodies of all chat completions that were asked for; keys: the Authorization header of each request.
     """
 

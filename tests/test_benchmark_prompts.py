@@ -29,10 +29,11 @@ GENEVAL2 = [
         "vqa_list": [["How many bicycles are in the image?", "four"], ["Are the bicycles white?", "Yes"]],
         "skills": ["count", "attribute"],
     },
-    {"prompt": "a red cup on a table", "atom_count": 4, "vqa_list": [["Is the cup red?", "Yes"]], "skills": ["attribute"]},
+    {"prompt": "a red cup on a table", "atom_count": 4, "vqa_list": [["Is it red?", "Yes"]], "skills": ["attribute"]},
 ]  # fmt: skip
 # The columns of dpg_bench.csv (compute_dpg_bench.py in TencentQQGYLab/ELLA), rows of our own.
-DPG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+DPG = """\
+item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
 1,"A red truck, on a beach.",,1,0,entity,whole,entity - whole (truck),Is there a truck?
 1,"A red truck, on a beach.",,2,1,attribute,color,"attribute - color (truck, red)",Is the truck red?
 1,"A red truck, on a beach.",,3,"1,2",relation,spatial,"relation - spatial (truck, beach, on)",Is the truck on a beach?

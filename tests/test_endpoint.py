@@ -91,8 +91,8 @@ def test_several_judges_stand_in_one_report(assets, out, server, capsys):
     said = evaluate.main(["compare", *arguments(assets, out, *extra, "--vlm_question", "Good {x}? {prompt}!")])
     assert said is None and "unifiedreward" in capsys.readouterr().out
     said = refused(compare, assets, out, *extra)
-    assert f"scores of 'vlm' are by one, asked 'Good {{x}}? {{prompt}}!', the config says one, asked 'Rate" in said
-    moved = extra[:-1] + [extra[-1].replace("unified@", "unified-2@")]
+    assert "scores of 'vlm' are by one, asked 'Good {x}? {prompt}!', the config says one, asked 'Rate" in said
+    moved = [*extra[:-1], extra[-1].replace("unified@", "unified-2@")]
     assert "scores of 'unifiedreward' are by unified, asked" in refused(compare, assets, out, *moved)
 
 

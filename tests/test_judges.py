@@ -1,4 +1,4 @@
-"""ImageReward and MPS against forward passes written from their definitions, on small weights under the published names.
+"""ImageReward and MPS against forward passes written from their definitions, on small weights under published names.
 
 Nothing of transformers is used on the other side: attention is torch's own, or loops over heads.
 """
@@ -299,9 +299,9 @@ def mps_by_hand(
         for n in range(2):
             at = f"model.{name}_model.encoder.layers.{n}."
             attention = torch.nn.MultiheadAttention(WIDTH, 16, batch_first=True).double()
-            q, k, v = ([w[f"{at}self_attn.{p}_proj.{kind}"] for p in "qkv"] for kind in ("weight", "bias", "weight"))
+            weights, biases = ([w[f"{at}self_attn.{p}_proj.{kind}"] for p in "qkv"] for kind in ("weight", "bias"))
             attention.load_state_dict({
-                "in_proj_weight": torch.cat(q), "in_proj_bias": torch.cat(k),
+                "in_proj_weight": torch.cat(weights), "in_proj_bias": torch.cat(biases),
                 "out_proj.weight": w[at + "self_attn.out_proj.weight"],
                 "out_proj.bias": w[at + "self_attn.out_proj.bias"],
             })  # fmt: skip
@@ -335,7 +335,7 @@ def mps_by_hand(
         return y[:, :INNER] * functional.silu(y[:, INNER:])
 
     def turned(y):
-        """Channels c and c + CHANNELS / 2 of position p as a complex number, times exp(i p / 10000^(2 c / CHANNELS))."""
+        """Channels c and c + CHANNELS / 2 at position p as a complex number, times exp(i p / 10000^(2c / CHANNELS))."""
         half = CHANNELS // 2
         c, p = torch.arange(half), torch.arange(len(y))[:, None]
         z = torch.complex(y[:, :half], y[:, half:]) * torch.exp(1j * p / 10000 ** (2 * c / CHANNELS)).to(torch.cdouble)
