@@ -58,9 +58,9 @@ def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict
 
 def generate(config: EvaluationConfig) -> None:
     """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
+    prompts, repeated = read_prompts(config)
     base = find_base(config)
     models = find_models(config, base)
-    prompts, repeated = read_prompts(config)
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")

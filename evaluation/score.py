@@ -31,7 +31,7 @@ def score(config: EvaluationConfig) -> None:
     wanted = {image_key(r) for r in rows}
     done = [r for r in done if image_key(r) in wanted]  # what the index no longer lists is forgotten
     todo = {name: unscored(name, rows, done) for name in config.scorers}
-    check_endpoints(config, [name for name, own in todo.items() if own])
+    refuse_absent_servers(config, [name for name, own in todo.items() if own], state)
     for name, own in todo.items():
         batches = [own[i : i + config.batch_size] for i in range(0, len(own), config.batch_size)]
         mine = batches[state.process_index :: state.num_processes]
@@ -56,6 +56,18 @@ def score(config: EvaluationConfig) -> None:
         bar.close()
     if state.is_main_process:
         print(f"wrote {path}; next: evaluate.py compare")
+
+
+def refuse_absent_servers(config: EvaluationConfig, names: list[str], state: Any) -> None:
+    """Raises UserError, in every process, if the first one cannot reach the server of one of these scorers."""
+    errors: list[str] = []
+    try:
+        if state.is_main_process:
+            check_endpoints(config, names)
+    except UserError as error:  # told to all, as below
+        errors.append(str(error))
+    if errors := gather_object(errors):
+        raise UserError(errors[0])
 
 
 def unscored(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
