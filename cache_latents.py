@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import ncp
 import train_ncp_cpo
-import train_ncp_dpo
+import train_ncp_sft
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
 from ncp.common.files import write_file
@@ -49,7 +49,7 @@ PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four o
 
 
 @dataclass(kw_only=True)
-class Config(train_ncp_cpo.Config, train_ncp_dpo.Config):
+class Config(train_ncp_cpo.Config, train_ncp_sft.Config):
     """The keys of every training script."""
 
 

@@ -32,7 +32,13 @@ from ncp.training.settings import TrainingConfig
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
-    beta: float = option(2500.0, above=0, doc="the paper's beta T; Diffusion-DPO's code writes 5000 for 2500")
+    beta: float = option(
+        2500.0,
+        above=0,
+        group="objective",
+        doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
+        "2500",
+    )
 
 
 def ncp_dpo(

@@ -31,8 +31,10 @@ class Config(TrainingConfig):
     loss_weight: float | None = option(
         None,
         above=0,
-        doc="factor of the loss. Perceptual losses are near 1e-5: without it, gradients underflow in float16 and fall "
-        "below AdamW's epsilon. null: 1250 in perceptual space, DPO's pull on a winner at beta 2500; 1 in latent space",
+        group="objective",
+        doc="factor of the loss, so that gradients neither underflow in float16 nor fall below AdamW's epsilon. null: "
+        "1250 in perceptual space, where losses are near 1e-5 (DPO's pull on a winner at beta 2500), and 1 in latent "
+        "space",
     )
 
     @property

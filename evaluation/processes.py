@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from ncp.common.errors import UserError
-from ncp.common.processes import misunderstanding
+from ncp.common.processes import launcher_mismatch
 
 
 def processes() -> Any:
@@ -18,6 +18,6 @@ def processes() -> Any:
     Raises UserError if that is not what the launcher says.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if reason := misunderstanding(state.num_processes):
+    if reason := launcher_mismatch(state.num_processes):
         raise UserError(reason)
     return state

@@ -47,52 +47,90 @@ MODEL_NAME = r"[\w.+-]+"
 class EvaluationConfig:
     """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
 
-    # models
-    pretrained_model_name_or_path: str = option(doc="base pipeline: diffusers folder or hub id, SD or SDXL")
-    revision: str | None = option(None, doc="hub revision of the base pipeline")
-    variant: str | None = option(None, doc="weight file variant, such as fp16")
+    pretrained_model_name_or_path: str = option(
+        group="models", doc="base pipeline, of Stable Diffusion's or SDXL's architecture: diffusers folder or hub id"
+    )
+    revision: str | None = option(
+        None, doc="branch, tag or commit of the base pipeline, if it is a hub id; null: the main branch"
+    )
+    variant: str | None = option(
+        None, doc="variant of the weight files, such as fp16 for files named NAME.fp16.safetensors; null: no variant"
+    )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, doc="another VAE (folder or hub id), such as an fp16-safe one for SDXL; null: the model's own"
+        None,
+        doc="VAE to use instead of the base pipeline's own: folder or hub id, such as an fp16-safe one for SDXL; null: "
+        "the pipeline's own",
     )
     models: list[str] = option(
-        ["base"], doc="base, and NAME=PATH of LoRA, U-Net or pipeline folders or hub ids; the first is the reference"
+        ["base"],
+        doc="models to compare: base (the base pipeline), and NAME=PATH for each other, where PATH is a folder or hub "
+        "id of a LoRA, a U-Net or a pipeline, or a file (on the hub OWNER/NAME/FILE) of a LoRA or a U-Net's weights. "
+        "The first one is the reference",
     )
-    runs: list[str] = option([], doc="NAME=OUTPUT_DIR of training runs: their checkpoints are drawn, for the curves")
-    # prompts
-    prompts: str = option(doc="tiny (embedded), a text, CSV, TSV, JSON or parquet file, a folder, or a hub dataset id")
+    runs: list[str] = option(
+        [],
+        doc="training runs whose checkpoints are drawn and scored too, for curves over training: NAME=FOLDER, their "
+        "output folder",
+    )
+    prompts: str = option(
+        group="prompts",
+        doc="where prompts come from: tiny (those of the embedded world), a text, CSV, TSV, JSON, JSON lines or "
+        "parquet file, a folder of such files, or a hub dataset id",
+    )
     prompts_files: list[str] = option(
-        [], doc="which files of the folder or hub dataset, as patterns; a hub id needs it"
+        [],
+        doc="patterns of the files to take from that folder or hub dataset; none: all files of a folder (a hub dataset "
+        "needs some)",
     )
     prompt_column: str | None = option(
-        None, doc="column of the prompts; null: prompt, caption or text, whichever is there"
+        None, doc="column of the prompts in files with columns; null: prompt, caption or text, the first that is there"
     )
     category_column: str | None = option(
-        None, doc="column of the categories; null: the file's name, if there are several"
+        None,
+        doc="column of the prompts' categories, each of which is compared by itself too; null: the file's name, if "
+        "there are several files. A prompt that occurs in several categories counts in each",
     )
-    max_prompts: int | None = option(None, low=1, doc="use only the first prompts; null: all")
-    samples_per_prompt: int = option(1, low=1, doc="images per model and prompt, each with a seed of its own")
-    # sampling
-    seed: int = option(0, low=0, doc="with the prompt's text and the sample's number, decides the noise")
-    scheduler: str = option("pipeline", choices=SCHEDULERS, doc="sampler; pipeline: the base model's own")
-    num_inference_steps: int = option(50, low=1, doc="sampler steps")
-    guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance; 1 or less: none")
-    resolution: int = option(512, low=8, doc="side of the images, in pixels")
-    mixed_precision: str = option("fp16", choices=("no", "fp16", "bf16"), doc="of weights and arithmetic")
-    batch_size: int = option(8, low=1, doc="images drawn or scored at once, per process")
-    output_dir: str = option(doc="where images, scores and the report go")
-    # scores
-    scorers: list[str] = option(doc="judges: " + ", ".join(SCORERS) + ", or module:function of your own")
-    pickscore_model: str = option("yuvalkirstain/PickScore_v1", doc="PickScore: folder or hub id")
+    max_prompts: int | None = option(None, low=1, doc="use only the first so many different prompts; null: all")
+    samples_per_prompt: int = option(
+        1, low=1, doc="images per model and prompt, each from noise of its own that all models share"
+    )
+    seed: int = option(
+        0,
+        low=0,
+        group="sampling",
+        doc="seed of the noise, which follows from it, the prompt's text and the sample's number",
+    )
+    scheduler: str = option(
+        "pipeline", choices=SCHEDULERS, doc="sampler that draws the images; pipeline: the base pipeline's own"
+    )
+    num_inference_steps: int = option(50, low=1, doc="steps of the sampler per image")
+    guidance_scale: float = option(7.5, low=0, doc="scale of classifier-free guidance; up to 1: no guidance")
+    resolution: int = option(512, low=8, doc="side of the square images in pixels, a multiple of 8")
+    mixed_precision: str = option(
+        "fp16",
+        choices=("no", "fp16", "bf16"),
+        doc="precision of weights and arithmetic in drawing; no (quoted in YAML) is float32",
+    )
+    batch_size: int = option(8, low=1, doc="number of images that a process draws or scores at once")
+    output_dir: str = option(doc="folder for images, scores, the report and the judges' page")
+    scorers: list[str] = option(
+        group="scores", doc="judges: " + ", ".join(SCORERS) + ", or module:function of your own"
+    )
+    pickscore_model: str = option("yuvalkirstain/PickScore_v1", doc="weights of PickScore: folder or hub id")
     hpsv2_checkpoints: str = option(
-        "xswu/HPSv2", doc="folder or hub id with HPS_v2_compressed.pt, HPS_v2.1_compressed.pt"
+        "xswu/HPSv2",
+        doc="weights of HPSv2: folder or hub id with HPS_v2_compressed.pt (version 2.0) and HPS_v2.1_compressed.pt",
     )
     clip_h_processor: str = option(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", doc="tokenizer and preprocessing of PickScore, HPSv2 and MPS"
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        doc="tokenizer and image preprocessing of PickScore, HPSv2 and MPS: folder or hub id",
     )
-    clip_l_model: str = option("openai/clip-vit-large-patch14", doc="CLIP of the CLIP score and the aesthetic score")
+    clip_l_model: str = option(
+        "openai/clip-vit-large-patch14", doc="CLIP model of the CLIP score and of the aesthetic score: folder or hub id"
+    )
     aesthetic_checkpoint: str = option(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
-        doc="LAION aesthetic predictor: file or URL",
+        doc="weights of LAION's aesthetic predictor: file or URL",
     )
     imagereward_model: str = option(
         "zai-org/ImageReward",
@@ -124,14 +162,23 @@ class EvaluationConfig:
     endpoint_attempts: int = option(
         5, low=1, doc="times that an endpoint is asked about an image, with growing pauses, before scoring ends"
     )
-    # comparison
-    bootstrap_samples: int = option(10_000, low=100, doc="resamples of the prompts behind each 95% interval")
-    report_prompts: int = option(
-        100, low=1, doc="prompts whose images go into report.html: extremes, and a random rest"
+    bootstrap_samples: int = option(
+        10_000,
+        low=100,
+        group="comparison",
+        doc="number of resamples of the prompts that each 95% interval is taken from",
     )
-    # human judges
-    annotate_prompts: int | None = option(100, low=1, doc="prompts on the judges' page, drawn at random; null: all")
-    votes: list[str] = option([], doc="votes exported from the page, one JSON file per judge")
+    report_prompts: int = option(
+        100,
+        low=1,
+        doc="number of prompts whose images are shown in report.html, half of them extremes, half drawn at random",
+    )
+    annotate_prompts: int | None = option(
+        100, low=1, group="human judges", doc="number of prompts on the human judges' page, drawn at random; null: all"
+    )
+    votes: list[str] = option(
+        [], doc="files with the human judges' votes, which the page exports, one JSON file per judge"
+    )
 
     def check(self) -> None:
         """Rules that span keys. Raises UserError."""

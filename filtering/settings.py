@@ -29,29 +29,67 @@ MODELS = {"model_0": "text", "model_1": "text"}  # with the option `models` thes
 class FilterConfig:
     """What to read, which pairs to keep, where to write."""
 
-    dataset_name: str = option(doc="Folder of parquet files, one parquet file, or a hub dataset id")
-    output_dir: str = option(doc="Folder to write; new, empty, or from the same run")
-    dataset_split: str = option("train", doc="Split to read; files named for it if there are any")
-    revision: str | None = option(None, doc="Branch, tag or commit of a hub dataset; null: its main branch")
-    rule: str = option("absolute_winners", choices=RULES, doc="Which pairs to keep")
-    min_wins: int = option(1, low=1, doc="Wins that an absolute winner needs (x_y rules: at least 2 in any case)")
+    dataset_name: str = option(
+        group="data",
+        doc="judgements in Pick-a-Pic's format: folder of parquet files, one parquet file, or hub dataset id",
+    )
+    output_dir: str = option(
+        doc="folder to write data/*.parquet, manifest.json and report.html to; new, empty, or of the same run, which "
+        "then continues"
+    )
+    dataset_split: str = option(
+        "train",
+        doc="split to read: in a folder the files named for it (all are train if no file is named for any split), on "
+        "the hub the same of its files",
+    )
+    revision: str | None = option(None, doc="branch, tag or commit of a hub dataset; null: its main branch")
+    rule: str = option(
+        "absolute_winners",
+        choices=RULES,
+        group="selection",
+        doc="which pairs are kept. no_ties: every decisive judgement. contradiction_free: those neither of whose "
+        "images is, within its caption, both a winner and a loser. absolute_winners: those won by an image that never "
+        "lost and never tied. x_y: an absolute winner x with 2 wins or more over y, the loser of its latest win. "
+        "x_y_xz: also x over z, the loser of y's latest win. x_y_yz: also y over z",
+    )
+    min_wins: int = option(
+        1, low=1, doc="wins that an image needs to be an absolute winner; the x_y rules ask for 2 in any case"
+    )
     pairs_per_winner: str = option(
-        "latest", choices=("latest", "all"), doc="absolute_winners: each winner's latest pair, or all of them"
+        "latest",
+        choices=("latest", "all"),
+        doc="for the rule absolute_winners. latest: one pair per winner, the last judged. all: every pair that it won",
     )
     best_image_uid: str = option(
         "check",
         choices=("check", "ignore"),
-        doc="Rows whose best_image_uid is not the winner's: drop them before wins are counted, or go by the labels",
+        doc="rows whose best_image_uid is not that of the image that the labels prefer. check: dropped and counted, "
+        "before wins are counted. ignore: the labels decide",
     )
-    min_games_per_prompt: int = option(1, low=1, doc="Drop prompts with fewer games, ties included")
-    created_from: str | None = option(None, doc="Drop judgements before this ISO date or time (UTC)")
-    created_before: str | None = option(None, doc="Drop judgements at or after this ISO date or time (UTC)")
-    models: list[str] | None = option(None, doc="Keep games whose two images both come from these models; null: any")
-    metadata_only: bool = option(False, doc="Write no images; list the row groups that hold them in the manifest")
+    min_games_per_prompt: int = option(
+        1, low=1, doc="valid games, ties included, that a prompt needs; prompts with fewer are dropped"
+    )
+    created_from: str | None = option(
+        None, doc="first moment of the judgements to use, an ISO date or time in UTC; null: no bound"
+    )
+    created_before: str | None = option(
+        None, doc="moment before which the judgements to use were made, an ISO date or time in UTC; null: no bound"
+    )
+    models: list[str] | None = option(
+        None, doc="names of models: only games whose two images both come from them are used; null: from any"
+    )
+    metadata_only: bool = option(
+        False,
+        group="output",
+        doc="write the pairs without images, and list in the manifest the row groups of the input that hold them",
+    )
     rows_per_file: int = option(
-        1500, low=1, doc="Rows per output file with images: 1500 are about 500 MB of Pick-a-Pic"
+        1500, low=1, doc="rows per output file with images; 1500 of Pick-a-Pic are about 500 MB"
     )
-    shard: str = option("1/1", doc="i/n: write only the i-th of n parts of the output files, for several machines")
+    shard: str = option(
+        "1/1",
+        doc="i/n: write only the i-th of n parts of the output files, so that n machines share the copying; 1/1: all",
+    )
 
     def check(self) -> None:
         time_ns(self.created_from, "created_from")

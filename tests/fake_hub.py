@@ -28,7 +28,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
-ROOT = Path(__file__).parents[1]
+from support import ROOT
+
+from ncp.common.processes import tied
+
 TOKEN = "hf_" + "t" * 34
 
 
@@ -294,17 +297,19 @@ def run_scripts(
     with (
         tempfile.TemporaryFile("w+") as noise,
         subprocess.Popen(
-            [sys.executable, "-c", DRIVER], cwd=ROOT, env={**environment, "PYTHONPATH": paths}, text=True,
+            tied([sys.executable, "-c", DRIVER]), cwd=ROOT, env={**environment, "PYTHONPATH": paths}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
         ) as driver,
     ):  # fmt: skip
-        for name, (script, argv) in jobs.items():
-            before(name)
-            driver.stdin.write(json.dumps([str(ROOT / script), [str(a) for a in argv]]) + "\n")
-            driver.stdin.flush()
-            line = driver.stdout.readline()
-            noise.seek(0)
-            assert line, f"{name} ended the process: {noise.read()}"
-            results[name] = tuple(json.loads(line))
-        driver.stdin.close()
+        try:
+            for name, (script, argv) in jobs.items():
+                before(name)
+                driver.stdin.write(json.dumps([str(ROOT / script), [str(a) for a in argv]]) + "\n")
+                driver.stdin.flush()
+                line = driver.stdout.readline()
+                noise.seek(0)
+                assert line, f"{name} ended the process: {noise.read()}"
+                results[name] = tuple(json.loads(line))
+        finally:
+            driver.kill()
     return results

@@ -31,14 +31,14 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from pipelines import SIDE, save_dataset, save_pipeline
-from safetensors.torch import load_file
+from runs import SCRIPTS, weights
 
 import cache_latents
-import train_ncp_cpo
-import train_ncp_dpo
-import train_ncp_sft
-from ncp.common.errors import run_program as run
-from ncp.training import checkpoints, guard, memory
+import ncp.training.run
+from ncp.common.errors import run_program
+from ncp.training import checkpoints, result
+from ncp.training.guard import Guard
+from ncp.training.run import Run
 from ncp.training.weights import WEIGHTS, save_lora
 
 # 5 steps of 2 accumulated micro-batches; checkpoints and log entries fall on different steps; 8-bit state; an average.
@@ -60,7 +60,6 @@ RUN = {
     "report_to": "none",
     "resume_from_checkpoint": "auto",
 }
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 CACHED = {"cpo"}  # the others decode pixels
 CLOCKS = ("samples_per_second", "peak_memory_gib")
 
@@ -88,18 +87,20 @@ def train(kind: str, assets: Path, out: Path, log: Path, points: KillPoints) -> 
     settings = RUN | {"pretrained_model_name_or_path": assets / "sd", "dataset_name": assets / "data"}
     settings |= {"output_dir": out, "cache_dir": assets / "cache"}
     settings |= {"cached_latents": assets / "cached"} if kind in CACHED else {}
-    sys.argv = [f"train_ncp_{kind}.py", *(str(a) for k, v in settings.items() for a in (f"--{k}", v))]
 
-    def write_down(config, accelerator, figures, step):
-        if figures:
-            with open(log, "a") as file:
-                kept = {k: v for k, v in figures.items() if k not in CLOCKS}
-                file.write(json.dumps({"step": step, **kept}) + "\n")
+    def write_down(run: Run, figures: dict[str, float], step: int) -> None:
+        with open(log, "a") as file:
+            kept = {k: v for k, v in figures.items() if k not in CLOCKS}
+            file.write(json.dumps({"step": step, **kept}) + "\n")
 
-    training.log = write_down
-    memory.foresee = lambda *_, **__: None  # writes nothing, and takes as long as all the rest
+    Run._track = write_down
+    ncp.training.run.print_estimate = lambda *_: None  # writes nothing, and takes as long as all the rest
     points.install(out)
-    run(SCRIPTS[kind].main)
+    run_program(lambda: SCRIPTS[kind].main(flags(settings)))
+
+
+def flags(settings: dict[str, object]) -> list[str]:
+    return [str(a) for key, value in settings.items() for a in (f"--{key}", value)]
 
 
 class KillPoints:
@@ -127,13 +128,14 @@ class KillPoints:
             setattr(owner, attribute, wrapped)
 
         for owner, attribute in (
-            (training, "to_device"),
+            (ncp.training.run, "to_device"),
             (Accelerator, "backward"),
-            (guard.Guard, "may_step"),
+            (Guard, "check_step"),
             (bitsandbytes.optim.AdamW8bit, "step"),
             (EMAModel, "step"),
-            (training, "log"),
-            (checkpoints, "load_checkpoint"),
+            (Run, "log"),
+            (Run, "check_heldout"),
+            (checkpoints.State, "load"),
             (os, "fsync"),
         ):
             before(owner, attribute)
@@ -146,7 +148,6 @@ class KillPoints:
             return write_bytes(path, data)
 
         Path.write_bytes = in_two_halves
-        save_lora = save_lora
 
         def half_of_lora(models, folder):
             save_lora(models, folder)
@@ -155,7 +156,7 @@ class KillPoints:
                 os.truncate(file, file.stat().st_size // 2)
             self.reach(f"half of {file.name}")
 
-        save_lora = training.save_lora = half_of_lora
+        checkpoints.save_lora = result.save_lora = half_of_lora
 
         def audit(event, args):
             if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and args:
@@ -172,8 +173,7 @@ def prepare(assets: Path) -> None:
     keys = ("resolution", "mixed_precision", "dataloader_num_workers")
     settings = {k: RUN[k] for k in keys} | {"pretrained_model_name_or_path": assets / "sd", "output_dir": assets / "o"}
     settings |= {"dataset_name": assets / "data", "cache_dir": assets / "cache", "cached_latents": assets / "cached"}
-    sys.argv = ["cache_latents.py", *(str(a) for k, v in settings.items() for a in (f"--{k}", v))]
-    cache_latents.main()
+    cache_latents.main(flags(settings))
 
 
 def outcome(out: Path, log: Path) -> tuple[dict, dict]:
@@ -182,7 +182,7 @@ def outcome(out: Path, log: Path) -> tuple[dict, dict]:
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         figures.setdefault(entry["step"], {}).update(entry)
-    return {k: v.numpy().tobytes() for k, v in load_file(out / WEIGHTS).items()}, figures
+    return {k: v.numpy().tobytes() for k, v in weights(out).items()}, figures
 
 
 def main() -> None:

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from support import python
+from runs import as_a_process
+from support import ROOT, python
 
-ROOT = Path(__file__).parents[1]
+import train_ncp_dpo
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
@@ -31,12 +31,11 @@ def test_a_step_is_timed_by_phase_beside_the_straightforward_one(tmp_path):
 
 
 def test_the_straightforward_arrangement_computes_the_same_loss():
-    import step
+    from arm import Arm
 
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     arguments = ["--config", "configs/tiny_ncp_dpo.yaml", "--train_batch_size", "4", "--mixed_precision", "no"]
-    arm = step.Arm("straightforward", "tiny", [*arguments, "--secant", "1"])
+    with as_a_process():
+        arm = Arm("straightforward", "tiny", [*arguments, "--secant", "1"])
     for name, p in arm.m.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01, generator=torch.Generator().manual_seed(0))
@@ -44,7 +43,7 @@ def test_the_straightforward_arrangement_computes_the_same_loss():
     batch = arm.batch()
     with torch.no_grad():
         straight, _ = arm.straightforward(arm.m, arm.unet, batch, arm.config)
-        ours, _ = arm.train.ncp_dpo(arm.m, arm.unet, batch, arm.config)
+        ours, _ = train_ncp_dpo.ncp_dpo(arm.m, arm.unet, batch, arm.config)
     assert (ours - 0.6931).abs().max() > 0.01
     torch.testing.assert_close(straight, ours, rtol=1e-3, atol=1e-3)
 

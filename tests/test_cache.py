@@ -1,22 +1,23 @@
 """Training from a cache is training from pixels: same batches, nothing encoded twice, nothing half-written."""
 
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from pipelines import SIDE, jpeg, save_dataset, save_pipeline
+from pipelines import SIDE, jpeg, save_dataset
+from runs import arguments, as_a_process, assert_same_weights, call, launch, refusal, run_here
 from safetensors.torch import load_file
-from test_scripts import arguments, launch, run_here
+from support import torchrun
 
 import cache_latents
+import ncp
+import ncp.training.models
+import ncp.training.run
 import train_ncp_dpo
 from ncp.common.config import parse
 from ncp.common.errors import UserError
-from ncp.common.errors import run_program as run
 from ncp.training import cache
 from ncp.training.engine import make_accelerator
 from ncp.training.inputs import conditions, embed_prompts, latents, vae_moments
@@ -24,14 +25,15 @@ from ncp.training.models import load_models
 from ncp.training.pairs import open_pairs
 from ncp.training.pipeline import describe
 from ncp.training.samples import PairDataset, loader
+from ncp.training.weights import WEIGHTS
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory) -> Path:
-    """SD and SDXL pipelines; a dataset whose rows share images and prompts; an SD cache of it."""
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_pipeline(folder / "xl", xl=True)
+def assets(assets, tmp_path_factory) -> Path:
+    """The pipelines of the suite; a dataset whose rows share images and prompts; an SD cache of it."""
+    folder = tmp_path_factory.mktemp("cache")
+    for model in ("sd", "xl"):
+        (folder / model).symlink_to(assets / model)
     save_dataset(folder / "data" / "train.parquet", **shared_images())
     make(folder, folder / "cached-sd")
     return folder
@@ -51,26 +53,20 @@ def shared_images() -> dict:
 
 def make(assets: Path, folder: Path, *extra: str, model: str = "sd") -> None:
     """cache_latents.py in this process."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    argv = [*arguments(assets, folder / "unused", "--cached_latents", str(folder), model=model), *extra]
-    before, sys.argv = sys.argv, ["cache_latents.py", *argv]
-    try:
-        cache_latents.main()
-    finally:
-        sys.argv = before
+    argv = arguments(assets, folder / "unused", "--cached_latents", str(folder), *extra, model=model)
+    call(cache_latents.main, argv)
 
 
-def first_batches(argv: list[str], count: int, losers: bool = True):
-    """(models, batches) of a DPO run with these arguments."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
+def first_batches(argv: list[str], count: int):
+    """(config, models, batches) of a DPO run with these arguments."""
     config = parse(train_ncp_dpo.Config, argv)
     description, pairs = describe(config), open_pairs(config)
     opened = cache.open_cache(config, description, pairs)
     shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, pairs, shape, description.num_timesteps, losers, opened)
-    m = load_models(config, description, make_accelerator(config))
+    dataset = PairDataset(config, pairs, shape, description.num_timesteps, 2, opened)
+    with as_a_process():
+        accelerator = make_accelerator(config)
+    m = load_models(config, description, accelerator)
     batches = iter(loader(dataset, config, 0, 0, 1))
     return config, m, [next(batches) for _ in range(count)]
 
@@ -105,36 +101,34 @@ def test_cache_and_pixels_give_the_same_batches_and_losses(assets, tmp_path, mod
 
 @pytest.mark.parametrize("kind", ["dpo", "cpo", "sft"])
 def test_with_a_cache_neither_vae_nor_text_encoder_is_loaded(assets, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(models, "load_pipe", lambda *_: pytest.fail("VAE and text encoders were loaded"))
+    monkeypatch.setattr(ncp.training.models, "load_pipe", lambda *_: pytest.fail("VAE and text encoders were loaded"))
     extra = ["--cached_latents", str(assets / "cached-sd"), "--dataloader_num_workers", "2"]
-    held = run_here(kind, arguments(assets, tmp_path / "out", *extra), monkeypatch)
-    assert held["models"].pipe is None
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    run = run_here(kind, arguments(assets, tmp_path / "out", *extra))
+    assert run.models.pipe is None
+    assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
-def test_pictures_are_drawn_with_a_cache_too(assets, tmp_path, monkeypatch):
+def test_pictures_are_drawn_with_a_cache_too(assets, tmp_path):
     extra = ["--validation_prompts", "one", "--validation_num_inference_steps", "2"]
     for name, more in {"pixels": [], "cached": ["--cached_latents", str(assets / "cached-sd")]}.items():
-        run_here("sft", arguments(assets, tmp_path / name, *extra, *more), monkeypatch)
+        run_here("sft", arguments(assets, tmp_path / name, *extra, *more))
         assert (tmp_path / name / "validation" / "step-000002.png").is_file()
 
 
-def test_resuming_from_a_cache_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, monkeypatch):
+def test_resuming_from_a_cache_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path):
     extra = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--cached_latents", str(assets / "cached-sd")]
-    run_here("dpo", arguments(assets, tmp_path / "whole", *extra), monkeypatch)
+    run_here("dpo", arguments(assets, tmp_path / "whole", *extra))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
-    run_here("dpo", arguments(assets, tmp_path / "part", *extra, "--resume_from_checkpoint", "latest"), monkeypatch)
-    whole, part = (load_file(tmp_path / n / "pytorch_lora_weights.safetensors") for n in ("whole", "part"))
-    assert all(torch.equal(whole[k], part[k]) for k in whole)
+    run_here("dpo", arguments(assets, tmp_path / "part", *extra, "--resume_from_checkpoint", "latest"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "part")
 
 
-def test_a_dataset_without_images_trains_from_a_cache(assets, tmp_path, monkeypatch):
+def test_a_dataset_without_images_trains_from_a_cache(assets, tmp_path):
     save_dataset(tmp_path / "slim" / "train.parquet", **shared_images() | {"jpg_0": None, "jpg_1": None})
     extra = ["--cached_latents", str(assets / "cached-sd"), "--dataset_name", str(tmp_path / "slim")]
-    run_here("dpo", arguments(assets, tmp_path / "slim-out", *extra), monkeypatch)
-    run_here("dpo", arguments(assets, tmp_path / "out", *extra[:2]), monkeypatch)
-    slim, full = (load_file(tmp_path / n / "pytorch_lora_weights.safetensors") for n in ("slim-out", "out"))
-    assert all(torch.equal(slim[k], full[k]) for k in full)
+    run_here("dpo", arguments(assets, tmp_path / "slim-out", *extra))
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra[:2]))
+    assert_same_weights(tmp_path / "slim-out", tmp_path / "out")
 
 
 def test_both_flips_serve_a_run_without_flips(assets, tmp_path):
@@ -149,7 +143,6 @@ def test_both_flips_serve_a_run_without_flips(assets, tmp_path):
 
 def test_each_image_and_prompt_is_encoded_once(assets, tmp_path, monkeypatch):
     encoded = {"images": 0, "prompts": 0}
-    vae_moments, embed = vae_moments, embed_prompts
 
     def count_images(vae, pixels):
         encoded["images"] += len(pixels)
@@ -157,10 +150,10 @@ def test_each_image_and_prompt_is_encoded_once(assets, tmp_path, monkeypatch):
 
     def count_prompts(pipe, prompts):
         encoded["prompts"] += len(prompts)
-        return embed(pipe, prompts)
+        return embed_prompts(pipe, prompts)
 
-    monkeypatch.setattr(models, "vae_moments", count_images)
-    monkeypatch.setattr(models, "embed", count_prompts)
+    monkeypatch.setattr(cache_latents, "vae_moments", count_images)
+    monkeypatch.setattr(cache_latents, "embed_prompts", count_prompts)
     make(assets, tmp_path / "c")
     assert encoded == {"images": 2 * 16, "prompts": 8 + 1}  # 24 images in rows, 16 distinct, both ways round
     assert cache.read_index(tmp_path / "c", "images").to_pylist()[:3] == ["a0", "b0", "a1"]
@@ -200,11 +193,26 @@ def test_an_interrupted_cache_is_continued(assets, tmp_path, monkeypatch, capsys
     assert "already holds this cache" in capsys.readouterr().out
 
 
-def test_two_launched_processes_write_the_cache_of_one(assets, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def test_another_version_of_this_project_finds_its_cache(assets, tmp_path, monkeypatch, capsys):
+    """Both a finished one, and one that it goes on with."""
+    before = files_of(assets / "cached-sd")
+    shutil.copytree(assets / "cached-sd", tmp_path / "c")
+    manifest = cache.read_cache_manifest(tmp_path / "c")
+    cache.write_cache_manifest(tmp_path / "c", {k: v for k, v in manifest.items() if k != "files"})
+    (tmp_path / "c" / "prompts-00000.safetensors").unlink()
+    monkeypatch.setattr(ncp, "__version__", "99.0")
+    make(assets, assets / "cached-sd")
+    assert "already holds this cache; nothing to do" in capsys.readouterr().out
+    make(assets, tmp_path / "c")
+    assert "1 files" in capsys.readouterr().out  # images stay
+    assert cache.read_cache_manifest(tmp_path / "c")["version"] == "99.0"
+    del before["manifest.json"]
+    assert {name: content for name, content in files_of(tmp_path / "c").items() if name in before} == before
+
+
+def test_two_launched_processes_write_the_cache_of_one(assets, tmp_path):
     argv = arguments(assets, tmp_path / "o", "--cached_latents", str(tmp_path / "c"))
-    done = launch("cache_latents.py", argv, *two)
+    done = launch("cache_latents.py", argv, *torchrun(2), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert "16, both ways round" in done.stdout and "2 x cpu" in done.stdout and "Warning" not in done.stderr
     one, other = (load_file(f / "images-00000.safetensors") for f in (assets / "cached-sd", tmp_path / "c"))
@@ -212,7 +220,7 @@ def test_two_launched_processes_write_the_cache_of_one(assets, tmp_path, monkeyp
     assert files_of(assets / "cached-sd").keys() == files_of(tmp_path / "c").keys()
 
 
-def test_unreadable_images_follow_the_training_scripts_policy(assets, tmp_path, capsys):
+def test_unreadable_images_follow_the_training_scripts_policy(assets, tmp_path):
     columns = shared_images()
     columns["jpg_1"][3] = columns["jpg_0"][11] = jpeg(7)[:60]  # image b3, in rows 3 and 11
     save_dataset(tmp_path / "d" / "train.parquet", **columns)
@@ -231,7 +239,7 @@ def test_unreadable_images_follow_the_training_scripts_policy(assets, tmp_path, 
 
 
 def test_a_vae_that_overflows_is_said(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "vae_moments", lambda vae, x: torch.full((len(x), 8, 16, 16), 1e5))
+    monkeypatch.setattr(cache_latents, "vae_moments", lambda vae, x: torch.full((len(x), 8, 16, 16), 1e5))
     with pytest.raises(UserError, match=r"this VAE overflows; use bf16"):
         make(assets, tmp_path / "c")
 
@@ -318,14 +326,9 @@ def no_flips(manifest: dict) -> dict:
 def test_a_cache_that_does_not_fit_is_refused_in_one_line(assets, tmp_path, monkeypatch, capsys, case):
     build, message = REFUSED[case]
     argv = arguments(assets, tmp_path / "out", *build(assets, tmp_path))
-    monkeypatch.setattr(models, "load_models", lambda *_: pytest.fail("a model was loaded first"))
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    monkeypatch.setattr(sys, "argv", ["train_ncp_dpo.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        run(train_ncp_dpo.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+    monkeypatch.setattr(ncp.training.run, "load_models", lambda *_: pytest.fail("a model was loaded first"))
+    error = refusal(train_ncp_dpo.main, argv, capsys)
+    assert error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
 
 
@@ -347,17 +350,12 @@ UNFIT = {
 def test_a_cache_that_cannot_be_made_is_refused_in_one_line(assets, tmp_path, monkeypatch, capsys, case):
     extra, message = UNFIT[case]
     extra = [text.format(assets=assets, tmp=tmp_path) for text in extra]
-    monkeypatch.setattr(models, "load_pipe", lambda *_: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(cache_latents, "load_pipe", lambda *_: pytest.fail("a model was loaded first"))
     if case == "a full disk":
         monkeypatch.setattr(cache_latents.shutil, "disk_usage", lambda _: Usage(1000, 900, 100))
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *arguments(assets, tmp_path / "out", *extra)])
     before = files_of(assets / "cached-sd")
-    with pytest.raises(SystemExit) as stop:
-        run(cache_latents.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+    error = refusal(cache_latents.main, arguments(assets, tmp_path / "out", *extra), capsys)
+    assert error.count("\n") == 1 and message in error
     assert files_of(assets / "cached-sd") == before and list(tmp_path.iterdir()) == []
 
 

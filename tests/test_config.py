@@ -5,25 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+from runs import SCRIPTS
 
-import filter_pickapic
-import train_ncp_cpo
-import train_ncp_dpo
-import train_ncp_sft
-from evaluation.protocol import EvaluationConfig
-from ncp.common.config import option, parse, save
-from ncp.common.errors import UserError
-from ncp.common.errors import run_program as run
+from ncp.common.config import option, parse, save_yaml
+from ncp.common.errors import UserError, run_program
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
 
 
 @dataclasses.dataclass(kw_only=True)
 class Small:
-    name: str = option(doc="a required text")
+    name: str = option(group="first", doc="a required text")
     rate: float = option(1e-8, above=0, doc="a positive number")
     count: int = option(3, low=1, high=9, doc="an integer in a range")
     flag: bool = option(False, doc="a switch")
@@ -136,7 +128,7 @@ def test_command_line_mistakes(argv, message):
 
 def test_saved_config_reads_back(tmp_path):
     config = parse(Small, ["--name", "n: #", "--rate", "1e-8", "--words", "[a, 'b, #: c']"])
-    save(config, tmp_path / "saved.yaml")
+    save_yaml(config, tmp_path / "saved.yaml")
     assert parse(Small, ["--config", str(tmp_path / "saved.yaml")]) == config
 
 
@@ -162,75 +154,34 @@ def test_rules_across_keys(script, extra, message):
         parse(SCRIPTS[script].Config, [*REQUIRED, *extra])
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+@dataclasses.dataclass(kw_only=True)
+class Larger(Small):
+    extra: float | None = option(None, low=0, high=0.5, group="second", doc="50% is the most")
+    last: list[str] = option(["x", "y"], choices=("x", "y"), doc="of two words")
+    own: int = option(7, high=9, group="first", doc="joins a group")
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
-def test_every_shipped_config_parses_and_comments_every_key(file):
-    kind = file.stem.rpartition("_")[2]
-    other = EvaluationConfig if file.stem.startswith("eval_") else filter_pickapic.FilterConfig
-    cls = SCRIPTS[kind].Config if kind in SCRIPTS else other
-    config = parse(cls, ["--config", str(file)])
-    lines = file.read_text().splitlines()
-    keys = [number for number, line in enumerate(lines) if re.match(r"\w+:", line)]
-    assert {lines[n].split(":")[0] for n in keys} == {f.name for f in dataclasses.fields(cls)}
-    assert all("#" in lines[n] or lines[n - 1].startswith("#") for n in keys)  # beside the key or above it
-    if kind in SCRIPTS and not file.stem.startswith("tiny"):
-        arch, large, ncp = file.stem[:4], "_full_" in file.stem, "_ncp_" in file.stem
-        batch = (config.resolution, config.train_batch_size, config.gradient_accumulation_steps)
-        assert batch == {"sd15": (512, 64, 8), "sdxl": (1024, 8, 64)}[arch]
-        assert (config.rank, config.scale_lr, config.use_8bit_adam) == (64, True, True)
-        assert config.effective_batch_size == 2048  # a single GPU does not train at a quarter of it unnoticed
-        assert config.space == ("perceptual" if ncp else "latent")
-        # The paper: 7.5% (SD 1.5) and 2% (SDXL) of Diffusion-DPO's 2000 x 2048 pairs, at three times its learning rate.
-        steps = {"sd15": (1000, 150), "sdxl": (2000, 40)}[arch][0 if large else 1]
-        assert (config.max_train_steps, config.learning_rate) == (steps, 1e-8 if large else 3e-8)
-        assert large or steps / 2000 == {"sd15": 0.075, "sdxl": 0.02}[arch]
-        assert large or 10 <= steps // config.checkpointing_steps <= 14  # a dozen points to look at
-        if kind == "dpo":
-            assert config.beta == 2500
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "several"),
-    [
-        ("models", "base,lam=LORA", "[base, lam=LORA]"),
-        ("models", "a=x, b=y", "[a=x, b=y]"),
-        ("runs", "a=x,b=y", "[a=x, b=y]"),
-        ("scorers", "clip,aesthetic", "[clip, aesthetic]"),
-    ],
-)
-def test_models_in_a_row_without_brackets_are_told_how_to_be_written(tmp_path, key, value, several):
-    argv = ["--config", str(ROOT / "configs/eval_tiny.yaml")]
-    with pytest.raises(UserError, match=re.escape(f"{key}: '{value}' is one item; several are written {several}")):
-        parse(EvaluationConfig, [*argv, f"--{key}", value])
-    (tmp_path / "odd, name").mkdir()  # a comma in a path is none of a list
-    assert parse(EvaluationConfig, [*argv, "--models", f"a={tmp_path}/odd, name"]).models == [f"a={tmp_path}/odd, name"]
-
-
-@pytest.mark.parametrize("name", ["pickapic_validation", "partiprompts", "hpdv2"])
-def test_published_evaluation_settings(name):
-    config = parse(EvaluationConfig, ["--config", str(ROOT / f"configs/eval_{name}.yaml")])
-    xl = "xl" in config.pretrained_model_name_or_path
-    assert (config.guidance_scale, config.resolution) == ((5.0, 1024) if xl else (7.5, 512))
-    assert (config.num_inference_steps, config.scheduler, config.samples_per_prompt) == (50, "pipeline", 1)
-
-
-def test_the_promised_configs_are_there():
-    names = {f"sd15_{n}{m}" for n in ("", "ncp_") for m in SCRIPTS} | {f"sdxl_ncp_{m}" for m in SCRIPTS} | {"sdxl_dpo"}
-    names |= {f"{arch}_full_{m}" for arch in ("sd15", "sdxl") for m in ("dpo", "ncp_dpo")}
-    names |= {f"eval_{n}" for n in ("tiny", "pickapic_validation", "partiprompts", "hpdv2")}
-    assert names <= {f.stem for f in CONFIGS}
-    for name in ("single_gpu", "multi_gpu", "multi_node", "cpu"):
-        content = yaml.safe_load((ROOT / f"configs/accelerate/{name}.yaml").read_text())
-        assert content["num_processes"] >= 1 and "distributed_type" in content
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_key_is_read_somewhere(script):
-    source = "".join(p.read_text() for p in [*ROOT.glob("ncp/*.py"), ROOT / f"train_ncp_{script}.py"])
-    for field in dataclasses.fields(SCRIPTS[script].Config):
-        assert re.search(rf"(config|self)\.{field.name}\b", source), f"{field.name} is never read"
+def test_help_shows_each_key_in_its_group_with_type_range_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Larger, ["--help"], description="what it does")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "what it does" in said
+    heads = [line for line in said.splitlines() if re.match(r"\w.*:$", line)]
+    assert heads == ["options:", "first:", "second:"]
+    said = " ".join(said.split())
+    for text in (
+        "--name VALUE a required text (text; required)",
+        "--rate VALUE a positive number (a number, more than 0; default: 1e-8)",
+        "--count VALUE an integer in a range (an integer from 1 to 9; default: 3)",
+        "--flag [VALUE] a switch (true or false; default: false)",
+        "--mode VALUE one of two (one of: a, b; default: a)",
+        "--limit VALUE may be empty (an integer, or null; default: null)",
+        "--words VALUE several (list of text; default: [])",
+        "--own VALUE joins a group (an integer, at most 9; default: 7) second: ",
+        "--extra VALUE 50% is the most (a number from 0 to 0.5, or null; default: null)",
+        "--last VALUE of two words (list of: x, y; default: [x, y])",
+    ):
+        assert text in said
 
 
 def test_ctrl_c_is_one_line(capsys):
@@ -238,5 +189,5 @@ def test_ctrl_c_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        run(interrupted)
+        run_program(interrupted)
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from pipelines import unet
 
-from ncp.encoder import DownBlockEncoder, displacement, frozen_twin, precision_of_f
+from ncp.encoder import Displacement, DownBlockEncoder, frozen_twin, precision_of_f
 
 BLOCKS = [("last",), (0,), ("1",), ("mid",), (0, 1, 2), ("mid", 0), ("last", "mid")]
 
@@ -141,7 +141,7 @@ class TestDisplacement:
 
     def at(self, f, secant, **options):
         x = (self.target + self.d).requires_grad_()
-        (moved,) = displacement(f, [x], self.target, secant, **options)
+        moved = Displacement(f, self.target, secant, **options)(x)
         (gradient,) = torch.autograd.grad(moved.square().sum(), x)
         return moved.detach(), gradient
 
@@ -180,7 +180,7 @@ class TestDisplacement:
         scale = torch.tensor([0.01, 0.2, 0.0]).view(-1, 1, 1, 1)
         unit = self.d / self.d.square().mean((1, 2, 3), keepdim=True).sqrt()
         x = self.target + scale * unit
-        (moved,) = displacement(watch, [x], self.target, "auto", 0.05)
+        moved = Displacement(watch, self.target, "auto", 0.05)(x)
         ahead, behind = seen
         assert (ahead - behind).square().mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.05, 0.2, 0], abs=1e-5)
         torch.testing.assert_close((ahead + behind) / 2, (x + self.target) / 2)
@@ -198,15 +198,15 @@ class TestDisplacement:
         def exact(x):
             return torch.sin(x.double().flatten(1) @ self.matrix.half().double().T / 16)
 
-        a, b = displacement(half, [far, near], self.target, "auto", 0.016)
+        displacement = Displacement(half, self.target, "auto", 0.016)
+        b = displacement(near)
+        a = displacement(far, near=(near, b))
         truth = exact(far) - exact(near)
         assert ((a - b) - truth).norm() / truth.norm() < 0.2
-        alone = (displacement(half, [x], self.target, "auto", 0.016)[0] for x in (far, near))
-        assert (next(alone) - next(alone) - truth).norm() / truth.norm() > 1
-        same, again = displacement(half, [near, near.clone()], self.target, "auto", 0.016)
-        assert torch.equal(same, again)
+        assert (displacement(far) - b - truth).norm() / truth.norm() > 1
+        assert torch.equal(displacement(near.clone(), near=(near, b)), b)
 
     def test_several_blocks_give_several_differences(self):
-        (both,) = displacement(lambda x: (self.linear(x), self.curved(x)), [self.target + self.d], self.target)
+        both = Displacement(lambda x: (self.linear(x), self.curved(x)), self.target)(self.target + self.d)
         assert [b.shape for b in both] == [(3, 5), (3, 5)]
         torch.testing.assert_close(both[0], self.linear(self.d), rtol=1e-3, atol=1e-4)

@@ -1,34 +1,28 @@
 """Bad input of every kind: never a traceback, a hang, a silent use, or a file outside the output folder."""
 
+import ast
 import io
 import random
-import re
-import sys
 import zlib
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from pipelines import jpeg, save_dataset, save_pipeline
-from test_scripts import ROOT, SCRIPTS, arguments, run_here
+from pipelines import jpeg, save_dataset
+from runs import SCRIPTS, arguments, refusal, run_here, weights
+from support import ROOT
 
-from ncp.common.config import parse
-from ncp.common.errors import Stopped, UserError
-from ncp.common.errors import run_program as run
+import ncp.training.run
+from ncp.common.config import _UniqueKeyLoader, parse
+from ncp.common.errors import DIVERGED, Stopped, UserError
+from ncp.training.checkpoints import fault
 from ncp.training.images import Unreadable, decode_image, resize_crop_flip
+from ncp.training.weights import WEIGHTS
 
 TOKEN = "hf_" + "a1B2" * 9
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
+ROOMS = ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study", "docs")
 
 
 class Loaded(BaseException):
@@ -37,23 +31,17 @@ class Loaded(BaseException):
 
 def start(kind: str, argv: list[str], monkeypatch, capsys) -> str:
     """What the script says if it refuses, "" if it would load a model; whatever else it does fails the test."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
 
     def loaded(*_):
         raise Loaded
 
-    monkeypatch.setattr(models, "load_models", loaded)
-    monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
+    monkeypatch.setattr(ncp.training.run, "load_models", loaded)
     try:
-        run(SCRIPTS[kind].main)
+        said = refusal(SCRIPTS[kind].main, argv, capsys)
     except Loaded:
         return ""
-    except SystemExit as stop:
-        said = capsys.readouterr().err
-        assert stop.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and len(said) < 20_000, said
-        return said
-    raise AssertionError("the script neither stopped nor went on")
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 20_000, said
+    return said
 
 
 # ---------------------------------------------------------------- configs
@@ -84,7 +72,8 @@ def test_random_configs_are_refused_in_one_line_or_start(assets, tmp_path, monke
         assert TOKEN not in said
         assert {p.name for p in tmp_path.iterdir()} <= {"c.yaml", "out", "cwd"}, content
         for left in (tmp_path / "out").rglob("*"):
-            assert left.name in ("config.yaml", ".writer.lock") and TOKEN not in left.read_text(), content
+            assert left.name in ("config.yaml", "environment.yaml", ".writer.lock"), content
+            assert TOKEN not in left.read_text(), content
             left.unlink()
     assert min(outcomes.values()) > 8, outcomes
 
@@ -107,20 +96,28 @@ def test_a_few_bytes_of_yaml_do_not_become_a_message_of_gigabytes(assets, tmp_pa
     assert "seed is [" in start("dpo", argv, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [["--learning_rate", "1e6"], ["--beta", "1e300"], ["--lora_alpha", "1e300"], ["--adam_weight_decay", "1e6"]],
-)
-def test_extreme_numbers_end_with_a_line_or_a_finite_result(assets, tmp_path, monkeypatch, extra):
-    argv = arguments(assets, tmp_path / "out", *extra, "--max_train_steps", "4", "--max_skipped_steps", "2")
-    try:
-        run_here("dpo", argv, monkeypatch)
-    except Stopped as stop:
-        assert "not finite" in str(stop)
-    from safetensors.torch import load_file
+TOO_LARGE = [["--learning_rate", "1e6"], ["--beta", "1e300"], ["--lora_alpha", "1e300"], ["--adam_weight_decay", "1e6"]]
+TOO_SMALL = [["--learning_rate", "1e-300"], ["--beta", "1e-300"], ["--adam_epsilon", "1e6"], ["--lora_alpha", "1e-300"]]
 
-    for file in (tmp_path / "out").rglob("*.safetensors"):
-        assert all(v.isfinite().all() for v in load_file(file).values())
+
+@pytest.mark.parametrize("extra", TOO_LARGE, ids=lambda e: e[0])
+def test_numbers_that_are_too_large_end_with_a_line_and_finite_weights(assets, tmp_path, extra):
+    out = tmp_path / "out"
+    argv = arguments(assets, out, *extra, "--max_train_steps", "6", "--max_skipped_steps", "2")
+    with pytest.raises(Stopped, match=r"^stopped at step \d: 2 steps in a row .* not finite; [^\n]*$") as stop:
+        run_here("dpo", argv)
+    assert stop.value.status == DIVERGED and not (out / WEIGHTS).exists()
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert fault(checkpoint) is None and all(v.isfinite().all() for v in weights(checkpoint).values())
+    assert len((out / "skipped_steps.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("extra", TOO_SMALL, ids=lambda e: e[0])
+def test_numbers_that_are_too_small_end_with_a_finite_result(assets, tmp_path, extra):
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra))
+    found = weights(tmp_path / "out")
+    assert found and all(v.isfinite().all() for v in found.values())
+    assert not (tmp_path / "out" / "skipped_steps.jsonl").exists()
 
 
 @pytest.mark.parametrize("key", ["tracker_project_name", "hub_model_id"])
@@ -141,23 +138,58 @@ def test_a_token_is_neither_accepted_nor_repeated(assets, tmp_path, monkeypatch,
 def test_a_token_in_the_environment_is_written_nowhere(assets, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     argv = arguments(assets, tmp_path / "out", "--report_to", "tensorboard")
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    run_here("sft", argv, monkeypatch)
+    run_here("sft", argv)
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert len(files) > 5 and all(TOKEN.encode() not in p.read_bytes() for p in files)
 
 
+CODE_RUNNERS = {"eval", "exec", "compile", "__import__"}
+CODE_LIBRARIES = {"pickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "runpy"}
+MADE_SAFE = {"torch.load": "weights_only=True", "yaml.load": "_UniqueKeyLoader"}  # the second is a SafeLoader
+UNSAFE = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pd.read_pickle"}
+
+
+def what_runs_code(source: str) -> list[str]:
+    """What in Python source may run code from a file or from the hub."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        text = ast.unparse(node) if isinstance(node, ast.expr | ast.stmt) else ""
+        match node:
+            case ast.keyword(arg="trust_remote_code" | "allow_pickle" | "custom_pipeline" as name):
+                found.append(name)
+            case ast.ImportFrom(module=name) if name and name.partition(".")[0] in CODE_LIBRARIES:
+                found.append(text)
+            case ast.ImportFrom(module="torch" | "yaml", names=names):
+                found += [text] if any("load" in each.name for each in names) else []
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in CODE_LIBRARIES:
+                found += [text] if name != "UnpicklingError" else []
+            case ast.Call(func=ast.Name(id=name)) if name in CODE_RUNNERS:
+                found.append(text)
+            case ast.Call(func=ast.Attribute() as function):
+                name = ast.unparse(function)
+                found += [text] if name in UNSAFE or MADE_SAFE.get(name, "") not in text else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "pickle.loads(b)", "yaml.load(f, Loader)",
+     "yaml.unsafe_load(f)", "eval(text)", "exec(text)", "AutoModel.from_pretrained(n, trust_remote_code=True)",
+     "np.load(f, allow_pickle=True)", "joblib.load(p)", "from pickle import load", "runpy.run_path(p)",
+     "from torch import load", "from yaml import unsafe_load as load"],
+)  # fmt: skip
+def test_what_would_run_code_is_found(line):
+    assert what_runs_code(line)
+
+
 def test_nothing_loads_code_or_pickles():
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("ncp/*.py")]:
-        text = file.read_text()
-        assert "trust_remote_code" not in text and "pickle.load" not in text, file.name
-        assert len(re.findall(r"yaml\.load\(", text)) == len(
-            re.findall(r"yaml\.load\([^\n]*, _UniqueKeyLoader\)", text)
-        ), file.name  # a SafeLoader
-        assert text.count("torch.load(") == text.count("weights_only=True"), file.name
+    files = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
+    assert len(files) > 50
+    found = {f.name: calls for f in files if (calls := what_runs_code(f.read_text(encoding="utf-8")))}
+    assert found == {"install.py": ["runpy.run_module"]}  # which starts pip
+    assert issubclass(_UniqueKeyLoader, yaml.SafeLoader)
 
 
 # ---------------------------------------------------------------- images
@@ -243,7 +275,7 @@ def test_damaged_bytes_are_a_picture_or_unreadable():
 # ---------------------------------------------------------------- rows
 
 
-def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, monkeypatch, capsys):
+def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, capsys):
     captions = [
         "x " * 5000,
         "",
@@ -262,13 +294,13 @@ def test_rows_of_every_kind_are_trained_counted_or_named(assets, tmp_path, monke
     uids = ["../../evil", "/etc/passwd", *[f"a{i}" for i in range(10)]]
     folder = save_dataset(tmp_path / "d" / "t.parquet", caption=captions, jpg_0=images, image_0_uid=uids).parent
     extra = ["--dataset_name", str(folder), "--max_train_steps", "12", "--corrupt_images", "skip"]
-    run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--logging_steps", "12"), monkeypatch)
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--logging_steps", "12"))
     said = capsys.readouterr()
     assert "9 decisive pairs of 12 rows" in said.out and "3 without a caption" in said.out  # one is a space
     assert "9 distinct; 2 of them longer than 77 tokens" in said.out
     assert {p.name for p in tmp_path.iterdir()} == {"d", "out"}
     with pytest.raises(UserError, match=r"t\.parquet row 1[01], jpg_0, uid a[89]: unreadable image"):
-        run_here("dpo", arguments(assets, tmp_path / "out2", *extra[:4]), monkeypatch)
+        run_here("dpo", arguments(assets, tmp_path / "out2", *extra[:4]))
 
 
 COLUMNS = {
@@ -298,11 +330,11 @@ def test_columns_of_another_kind_are_named(assets, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_long_prompts_are_counted_to_the_token(assets, tmp_path, monkeypatch, capsys):
+def test_long_prompts_are_counted_to_the_token(assets, tmp_path, capsys):
     # One byte is one token of this tokenizer; two of the 77 frame the prompt.
     captions = ["a" * 75, "a" * 76, "é" * 37, "é" * 38, *["short"] * 8]
     file = save_dataset(tmp_path / "d.parquet", caption=captions)
-    run_here("sft", arguments(assets, tmp_path / "out", "--dataset_name", str(file)), monkeypatch)
+    run_here("sft", arguments(assets, tmp_path / "out", "--dataset_name", str(file)))
     said = capsys.readouterr()
     assert "5 distinct; 2 of them longer than 77 tokens" in said.out and "truncated" not in said.err
     assert parse(SCRIPTS["sft"].Config, ["--config", str(tmp_path / "out" / "config.yaml")]).dataset_name == str(file)

@@ -11,18 +11,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from runs import SCRIPTS, call
 
-import train_ncp_cpo
-import train_ncp_dpo
-import train_ncp_sft
 from ncp.common.environment import environment
 from ncp.training.run import Run
 
 GOLDEN = Path(__file__).parent / "golden"
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 STEPS = 4
 FIGURES = ("loss", "policy_w", "margin", "winner_drift", "grad_norm")
-# Kernels of other processors round otherwise. Between AVX2 and AVX-512 losses and gradients agree to 1e-3 of themselves.
+# Kernels of other processors round otherwise. Between AVX2 and AVX-512 losses and gradients agree to a thousandth.
 # A margin is 3e5 times a small difference of losses, and winner_drift is such a difference over a loss: they agree to
 # 4e-4 and 5e-5. The bounds leave room for twice to five times that.
 RELATIVE = 2e-3
@@ -49,7 +46,7 @@ def trajectory(kind: str, folder: Path) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_track", lambda run, figures, step: found.append({"step": step, **figures}))
-        SCRIPTS[kind].main(argv)
+        call(SCRIPTS[kind].main, argv)
     return [{name: step[name] for name in ("step", *FIGURES) if name in step} for step in found]
 
 

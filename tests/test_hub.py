@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_hub import TOKEN, FakeHub, run_scripts
+from judges import DIMENSION, LAYERS, PATCH, VOCABULARY, WIDTH, open_clip_state, save_processor
 from pipelines import SIDE, save_dataset, save_pipeline
-from test_scorers import DIMENSION, LAYERS, PATCH, VOCABULARY, WIDTH, open_clip_state, save_processor
 from transformers import CLIPConfig, CLIPModel
 
 SDXL, VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"  # of configs/sdxl_*.yaml

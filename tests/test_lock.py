@@ -6,15 +6,14 @@ import sys
 import types
 
 import pytest
-from pipelines import save_dataset, save_pipeline
-from support import ROOT, python, started, wait_for
-from test_scripts import arguments
+from runs import arguments, launch
+from support import ROOT, started, wait_for
 
 from ncp.common import lock
 from ncp.common.errors import UserError
 
-HOLD = "import sys, time; from pathlib import Path; from ncp.common import lock; lock.hold(Path(sys.argv[1]), *sys.argv[2:]); "
-HOLD += "print('held', flush=True); time.sleep(3600)"
+HOLD = "import sys, time; from pathlib import Path; from ncp.common import lock\n"
+HOLD += "lock.hold(Path(sys.argv[1]), *sys.argv[2:]); print('held', flush=True); time.sleep(3600)"
 
 
 def holder(folder, *part: str):
@@ -147,14 +146,6 @@ def test_windows_locks_are_asked_for_the_same_bytes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the programs
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
-
-
 def command(program: str, assets, out) -> list[str]:
     if program == "cache_latents.py":
         return arguments(assets, assets / "unused", "--cached_latents", str(out))
@@ -169,7 +160,7 @@ def test_each_program_is_refused_a_folder_that_another_process_writes_to(assets,
     with holder(out) as other:
         assert other.stdout.readline() == "held\n"
         before = (out / lock.NAME).read_text()
-        done = python(program, *command(program, assets, out))
+        done = launch(program, command(program, assets, out))
         assert other.poll() is None and [p.name for p in out.iterdir()] == [lock.NAME]
         assert (out / lock.NAME).read_text() == before
     errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
@@ -205,10 +196,10 @@ def test_parts_of_a_filter_run_at_once_but_not_the_same_twice(tmp_path):
     ]
     with holder(tmp_path / "out", "1/2") as other:
         assert other.stdout.readline() == "held\n"
-        refused = [python("filter_pickapic.py", *shared, *part) for part in (["--shard", "1/2"], [])]
+        refused = [launch("filter_pickapic.py", [*shared, *part]) for part in (["--shard", "1/2"], [])]
         assert all(d.returncode == 2 and f"process {other.pid} on" in d.stderr for d in refused), refused
-        second = python("filter_pickapic.py", *shared, "--shard", "2/2")
+        second = launch("filter_pickapic.py", [*shared, "--shard", "2/2"])
         assert second.returncode == 0 and "still to come" in second.stdout, second.stderr
     for part in (["--shard", "1/2"], []):
-        assert python("filter_pickapic.py", *shared, *part).returncode == 0
+        assert launch("filter_pickapic.py", [*shared, *part]).returncode == 0
     assert (tmp_path / "out" / "manifest.json").is_file() and not (tmp_path / "out" / lock.NAME).exists()

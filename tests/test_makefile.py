@@ -5,17 +5,15 @@ import shutil
 import stat
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
+from runs import as_a_process
+from support import ROOT
 
 import train_ncp_dpo
 from evaluation.protocol import EvaluationConfig
 from ncp.common.config import parse
 from tiny import forecast, install
-
-ROOT = Path(__file__).parents[1]
 
 # What each step leaves, as the scripts do; a step named in $FAIL is killed when it has half of it.
 RUN = """#!/bin/sh
@@ -156,14 +154,13 @@ def test_a_forecast_is_the_work_of_the_configs_times_what_was_measured():
 
 
 def test_the_forecast_is_measured_on_the_embedded_model(tmp_path, monkeypatch, capsys):
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     monkeypatch.setattr(forecast, "PAIRS", 1)
     monkeypatch.setattr(forecast, "PICTURES", 2)
     units, measure = {}, forecast.measure
     monkeypatch.setattr(forecast, "measure", lambda config: units.update(measure(config)) or units)
     monkeypatch.setattr("sys.argv", ["forecast", str(tmp_path / "new" / "forecast.txt")])
-    forecast.main()
+    with as_a_process():
+        forecast.main()
     lines = (tmp_path / "new" / "forecast.txt").read_text().splitlines()
     assert len(lines) == 4 and all(" s" in line or " min" in line for line in lines)
     (total,) = capsys.readouterr().out.splitlines()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pipelines import save_pipeline
-from test_scripts import arguments, run_here
+from runs import arguments, run_here
 
 import filter_pickapic
 from ncp.common.config import parse
@@ -24,10 +24,10 @@ def assets(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, monkeypatch, capsys):
+def test_a_run_says_how_its_data_was_filtered(assets, tmp_path, capsys):
     manifest = json.loads((assets / "data" / "manifest.json").read_text())
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "1", "--report_to", "tensorboard")
-    run_here("sft", argv, monkeypatch)
+    run_here("sft", argv)
     pairs, prompts = manifest["pairs"]["total"], manifest["pairs"]["unique_prompts"]
     line = f"rule x_y: {pairs:,} pairs of {manifest['rows']['input']:,} rows of tiny/data, {prompts:,} prompts"
     assert pairs > 20 and f"filtered: {line}" in capsys.readouterr().out

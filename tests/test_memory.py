@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from test_scripts import loaded
+from runs import loaded
 
 import train_ncp_dpo
 import train_ncp_sft
@@ -32,7 +31,7 @@ def test_what_a_step_holds_is_what_was_foreseen(script, extra):
     config = parse(module.Config, [*arguments, "--train_batch_size", "8", *extra])
     description = describe(config)
     foreseen = memory.estimate(config, description, 2 if script == "dpo" else 1, cuda=False)
-    m, batch = loaded(config, losers=script == "dpo")
+    m, batch = loaded(config, images=2 if script == "dpo" else 1)
     batch = {**batch, "moments": vae_moments(m.pipe.vae, batch["pixels"])}
     text, _ = embed_prompts(m.pipe, batch["prompt"])
     m.pipe, batch["text"] = None, text  # as with a cache: the step alone is measured
@@ -52,7 +51,7 @@ def test_what_a_step_holds_is_what_was_foreseen(script, extra):
 def test_inputs_are_the_encoders_weights_and_more_without_a_cache():
     config = parse(train_ncp_dpo.Config, ARGUMENTS)
     description = describe(config)
-    m, _ = loaded(config, losers=True)
+    m, _ = loaded(config, images=2)
     weights = memory.size_of([*m.pipe.vae.parameters(), *m.pipe.text_encoder.parameters()])
     assert weights < memory.estimate(config, description, 2).inputs < weights + (1 << 30)
     config.cached_latents = "somewhere"
@@ -70,12 +69,12 @@ def test_a_gpu_that_is_too_small_is_said_with_advice(monkeypatch, capsys):
         total_memory = 1 << 30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    memory.foresee(config, description, Accelerator, 2)
+    memory.print_estimate(config, description, Accelerator, 2)
     said = capsys.readouterr().out
     assert "it has 1.0 GiB" in said
     assert "likely to run out of memory; try gradient_checkpointing: true, or cached_latents, or a smaller" in said
     Properties.total_memory = 64 << 30
-    memory.foresee(config, description, Accelerator, 2)
+    memory.print_estimate(config, description, Accelerator, 2)
     assert "likely" not in capsys.readouterr().out
 
 
@@ -96,12 +95,24 @@ def test_peak_follows_what_is_freed():
     assert peak.bytes == 8000
 
 
-def test_a_models_parameters_are_not_counted_as_activations():
-    unet = UNet2DConditionModel.from_pretrained("tiny/model", subfolder="unet")
-    frozen = [p.untyped_storage() for p in unet.parameters()]
-    x = torch.randn(1, 4, 16, 16, requires_grad=True)
-    with memory.Saved({id(s) for s in frozen}) as apart:
-        unet(x, torch.tensor([5]), torch.randn(1, 16, 128))
-    with memory.Saved(set()) as together:
-        unet(x, torch.tensor([5]), torch.randn(1, 16, 128))
-    assert 0 < apart.bytes <= together.bytes
+@pytest.mark.parametrize("extra", [[], ["--space", "latent"], ["--gradient_checkpointing", "true"]])
+def test_a_models_parameters_are_not_counted_as_activations(extra):
+    """All that a step keeps has a row for each image: twice the pairs are twice the bytes, with nothing left over."""
+    kept = []
+    for pairs in ("2", "4"):
+        config = parse(train_ncp_dpo.Config, [*ARGUMENTS, "--train_batch_size", pairs, *extra])
+        kept.append(memory.estimate(config, describe(config), 2).activations)
+    assert kept[1] == 2 * kept[0] > 0
+
+
+def test_a_view_of_a_parameter_is_not_counted_where_its_storage_is_set_apart():
+    """y = x W^T keeps W^T, a view, to find the gradient of x; y^2 keeps y, 2 x 3 numbers of 4 bytes."""
+    layer = torch.nn.Linear(5, 3, bias=False)
+    x = torch.randn(2, 5, requires_grad=True)
+    layer.requires_grad_(False)
+    counted = []
+    for kept in ({id(layer.weight.untyped_storage())}, set()):
+        with memory.Saved(kept) as saved:
+            layer(x).square()
+        counted.append(saved.bytes)
+    assert counted == [2 * 3 * 4, 2 * 3 * 4 + 3 * 5 * 4]

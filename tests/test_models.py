@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -19,18 +18,17 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
-from pipelines import SIDE, save_dataset, save_pipeline, unet
-from safetensors.torch import load_file
-from test_cache import make
-from test_scripts import arguments, loaded, run_here
+from pipelines import SIDE, unet
+from runs import arguments, as_a_process, assert_same_weights, call, loaded, run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import cache_latents
 import train_ncp_dpo
 import train_ncp_sft
 from ncp.common.config import parse
 from ncp.common.errors import UserError
-from ncp.training import cache, memory
+from ncp.training import cache, inputs, memory
 from ncp.training.drawing import decode_latents, draw
 from ncp.training.inputs import VAE_ELEMENTS, conditions, embed_prompts, images_per_pass, vae_moments
 from ncp.training.models import checkpoint_blocks, compile_blocks, load_pipe
@@ -39,19 +37,10 @@ from ncp.training.pipeline import describe, scheduler_like
 from ncp.training.samples import PairDataset
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_pipeline(folder / "xl", xl=True)
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
-
-
 def gradients(assets, tmp_path, *extra: str) -> dict[str, torch.Tensor]:
     """d loss / d LoRA of the first batch of an SFT run, with B set to noise (A's gradient would be 0 at the start)."""
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, *extra))
-    m, batch = loaded(config, losers=False)
+    m, batch = loaded(config, images=1)
     for name, p in m.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -89,7 +78,7 @@ def test_compiled_blocks_are_not_compiled_again_from_step_to_step(assets, tmp_pa
     from torch._dynamo.utils import counters
 
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, "--torch_compile", "true"))
-    m, batch = loaded(config, losers=False)
+    m, batch = loaded(config, images=1)
     counts = []
     for _ in range(3):
         losses, _ = train_ncp_sft.ncp_sft(m, m.unet, batch, config)
@@ -195,7 +184,7 @@ def test_validation_pictures_are_stable_diffusions_ddim_without_a_warning(assets
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path / "o", model=str(folder)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        m, _ = loaded(config, losers=False)
+        m, _ = loaded(config, images=1)
         settings = {"resolution": SIDE, "num_inference_steps": 4, "guidance_scale": 3.0, "accelerator": Accelerator()}
         (picture,) = draw(m, m.pipe, m.reference, ["a cat"], [7], **settings)
     pipe = DiffusionPipeline.from_pretrained(assets / model)
@@ -212,18 +201,16 @@ def test_validation_pictures_are_stable_diffusions_ddim_without_a_warning(assets
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(other)).max() > 8
 
 
-def test_no_variance_type_is_fixed_small_in_a_run(assets, tmp_path, monkeypatch):
+def test_no_variance_type_is_fixed_small_in_a_run(assets, tmp_path):
     """DPM-Solver's files say null: the same weights come out as with the word."""
-    ends = {}
     for name, value in {"word": "fixed_small", "null": None}.items():
         scheduler = DDPMScheduler(**SD15, clip_sample=False)
         folder = with_scheduler(assets / "sd", tmp_path / name, scheduler, variance_type=value)
         # Timesteps far apart, where the noise of the variance counts.
         extra = ["--timestep_offset", "400", "--max_train_steps", "1"]
         argv = arguments(assets, tmp_path / f"out-{name}", *extra, model=str(folder))
-        run_here("sft", argv, monkeypatch)
-        ends[name] = load_file(tmp_path / f"out-{name}" / "pytorch_lora_weights.safetensors")
-    assert all(torch.equal(v, ends["word"][k]) for k, v in ends["null"].items())
+        run_here("sft", argv)
+    assert_same_weights(tmp_path / "out-word", tmp_path / "out-null")
 
 
 # ---------------------------------------------------------------- VAE and text encoders
@@ -271,7 +258,7 @@ def test_a_vae_pass_stays_far_below_two_to_the_31_elements(sd_vae, side, images)
 
 def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, monkeypatch):
     config = parse(train_ncp_sft.Config, arguments(assets, tmp_path, model="xl"))
-    m, _ = loaded(config, losers=False)
+    m, _ = loaded(config, images=1)
     vae, sizes = m.pipe.vae, []
     pixels = torch.randint(0, 256, (7, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     z = torch.randn(7, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(1))
@@ -280,8 +267,8 @@ def test_passes_of_bounded_size_give_what_one_by_one_gives(assets, tmp_path, mon
     singly += [torch.cat(parts) for parts in zip(*(embed_prompts(m.pipe, [p]) for p in prompts), strict=True)]
     pictures = [decode_latents(vae, x[None])[0] for x in z]
     # The largest map of this VAE is its attention's, 16 x 16 tokens squared: room for three images.
-    monkeypatch.setattr(models, "VAE_ELEMENTS", 3 * (SIDE // 2) ** 4)
-    monkeypatch.setattr(models, "PROMPTS_PER_PASS", 3)
+    monkeypatch.setattr(inputs, "VAE_ELEMENTS", 3 * (SIDE // 2) ** 4)
+    monkeypatch.setattr(inputs, "PROMPTS_PER_PASS", 3)
     for module in (vae.encoder, vae.decoder, m.pipe.text_encoder, m.pipe.text_encoder_2):
         module.register_forward_hook(lambda _, args, kwargs, __: sizes.append(len([*args, *kwargs.values()][0])),
                                      with_kwargs=True)  # fmt: skip
@@ -298,9 +285,9 @@ def test_the_estimate_of_memory_knows_the_passes(assets, monkeypatch, tmp_path):
         config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "--train_batch_size", str(batch)))
         return memory.encoders(config, describe(config))
 
-    monkeypatch.setattr(models, "VAE_ELEMENTS", 4 * (SIDE // 2) ** 4)
+    monkeypatch.setattr(inputs, "VAE_ELEMENTS", 4 * (SIDE // 2) ** 4)
     assert foreseen(1) < foreseen(2) == foreseen(64)  # 2, 4 and 128 images, of which four at once
-    monkeypatch.setattr(models, "VAE_ELEMENTS", 1 << 28)
+    monkeypatch.setattr(inputs, "VAE_ELEMENTS", 1 << 28)
     assert foreseen(64) > 2 * foreseen(2)
 
 
@@ -319,9 +306,9 @@ def test_a_replacement_vae_is_in_float32_if_its_config_asks_for_it(assets, tmp_p
         extra = ["--pretrained_vae_model_name_or_path", str(folder), "--mixed_precision", "bf16"]
         config = parse(train_ncp_sft.Config, arguments(assets, tmp_path / "o", *extra, model=model))
         description = describe(config)
-        for state in (AcceleratorState, PartialState):
-            state._reset_state()
-        pipe = load_pipe(config, description, Accelerator(mixed_precision="bf16"))
+        with as_a_process():
+            accelerator = Accelerator(mixed_precision="bf16")
+        pipe = load_pipe(config, description, accelerator)
         expected = expected or (torch.float32 if model == "xl" else torch.bfloat16)
         assert pipe.vae.dtype == expected and next(pipe.text_encoder.parameters()).dtype == torch.bfloat16
         kept[asks] = memory.encoders(config, description)
@@ -334,7 +321,7 @@ def test_a_replacement_vae_is_in_float32_if_its_config_asks_for_it(assets, tmp_p
 def test_size_conditions_keep_every_pixel_in_half_precision(assets, tmp_path):
     """In bfloat16 1023 is 1024. The sinusoids of the two differ, and so do policy, reference and encoder."""
     config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "--mixed_precision", "bf16", model="xl"))
-    m, batch = loaded(config, losers=True)
+    m, batch = loaded(config, images=2)
     assert torch.tensor(1023.0).bfloat16() == torch.tensor(1024.0).bfloat16()
     outputs = []
     for height in (1023, 1024):
@@ -351,16 +338,17 @@ def test_size_conditions_keep_every_pixel_in_half_precision(assets, tmp_path):
 
 def test_fixed_size_conditions_are_a_whole_image_of_the_resolution(assets, tmp_path):
     """From pixels and from a cache, for training and held-out pairs, winners and losers; nothing else changes."""
-    make(assets, tmp_path / "cache", model="xl")
+    cached = ["--cached_latents", str(tmp_path / "cache")]
+    call(cache_latents.main, arguments(assets, tmp_path / "unused", *cached, model="xl"))
     whole = [SIDE, SIDE, 0, 0, SIDE, SIDE]
-    for extra in ([], ["--cached_latents", str(tmp_path / "cache")]):
+    for extra in ([], cached):
         samples = {}
         for ids in ("image", "fixed"):
             argv = arguments(assets, tmp_path / "o", "--time_ids", ids, "--heldout_pairs", "2", *extra, model="xl")
             config = parse(train_ncp_dpo.Config, argv)
             description, pairs = describe(config), open_pairs(config)
             opened = cache.open_cache(config, description, pairs)
-            dataset = PairDataset(config, pairs, (4, 16, 16), 1000, True, opened)
+            dataset = PairDataset(config, pairs, (4, 16, 16), 1000, 2, opened)
             samples[ids] = [dataset[3], dataset.heldout(1)]
         for image, fixed in zip(*samples.values(), strict=True):
             assert fixed["time_ids"].tolist() == [whole, whole]

@@ -7,22 +7,13 @@ import sys
 
 import pytest
 from conftest import BROWSER
-from pipelines import SIDE, save_dataset, save_pipeline
-from support import ROOT, alive, descendants, python, started, wait_for
-from test_guard import free_port
-from test_scripts import arguments
+from pipelines import SIDE
+from runs import arguments, launch
+from support import ROOT, alive, descendants, python, run, started, torchrun, wait_for
 
 from ncp.common import processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descendants are read from /proc")
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
 
 
 def kill_and_see(parent: subprocess.Popen, stop: bool = False) -> None:
@@ -58,18 +49,14 @@ def test_a_tied_command_ends_with_its_parent_however_that_ends(end):
 
 
 def test_a_tied_command_whose_parent_is_gone_already_does_not_start(tmp_path):
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = python("-c", "import os; print(os.getpid())")
     command = processes.tied([sys.executable, "-c", f"open('{tmp_path / 'ran'}', 'w')"])
     command[command.index(str(os.getpid()))] = gone.stdout.strip()
     assert subprocess.run(command).returncode == 1 and not (tmp_path / "ran").exists()
 
 
 def test_a_tied_command_gives_its_status_and_its_words():
-    done = subprocess.run(
-        processes.tied([sys.executable, "-c", "import sys; print(sys.argv); sys.exit(7)", "a b", ""]),
-        capture_output=True,
-        text=True,
-    )
+    done = run([sys.executable, "-c", "import sys; print(sys.argv); sys.exit(7)", "a b", ""])  # which ties it
     assert done.returncode == 7 and done.stdout == "['-c', 'a b', '']\n"
 
 
@@ -101,11 +88,11 @@ def test_loader_workers_end_with_a_killed_run(assets, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_ranks_end_with_a_killed_launcher_as_by_a_signal(assets, tmp_path, launcher):
     argv = arguments(assets, tmp_path / "out", "--max_train_steps", "99999", "--checkpointing_steps", "1")
-    launch = {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()],
-        "accelerate": ["accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"],
+    prefix = {
+        "torchrun": torchrun(2),
+        "accelerate": ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"],
     }
-    command = [sys.executable, "-m", *launch[launcher], "train_ncp_sft.py", *argv, "--checkpoints_total_limit", "1"]
+    command = [sys.executable, *prefix[launcher], "train_ncp_sft.py", *argv, "--checkpoints_total_limit", "1"]
     with started(command, ACCELERATE_USE_CPU="true") as agent:
         assert wait_for(lambda: list((tmp_path / "out").glob("checkpoint-*"))), agent.stderr.read()
         kill_and_see(agent)
@@ -115,7 +102,8 @@ def test_ranks_end_with_a_killed_launcher_as_by_a_signal(assets, tmp_path, launc
 
 
 def test_a_run_outlives_the_shell_that_started_it(tmp_path):
-    code = "import sys, time; from ncp.common.errors import run_program; run_program(lambda: (time.sleep(4), open(sys.argv[1], 'w')))"
+    code = "import sys, time; from ncp.common.errors import run_program; "
+    code += "run_program(lambda: (time.sleep(4), open(sys.argv[1], 'w')))"
     command = f'{sys.executable} -c "{code}" {tmp_path / "done"} >/dev/null 2>&1 &'
     subprocess.run(["sh", "-c", command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     assert not (tmp_path / "done").exists() and wait_for((tmp_path / "done").exists)
@@ -136,16 +124,16 @@ def test_a_browser_ends_with_the_process_that_started_it(browser):
 def test_a_launcher_whose_processes_accelerate_does_not_join_is_refused(assets, tmp_path):
     """torchrun on a machine without a GPU: two processes, each of which would believe that it is alone."""
     argv = arguments(assets, tmp_path / "out", "--cache_dir", str(tmp_path / "cache"))
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    done = python(*command, "train_ncp_dpo.py", *argv, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="false")
+    environment = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "false"}
+    done = launch("train_ncp_dpo.py", argv, *torchrun(2), **environment)
     line = "error: the launcher says WORLD_SIZE 2, but accelerate sees 1 process: set ACCELERATE_USE_CPU=true, which"
     assert done.returncode and done.stderr.count(line) == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_accelerate_launch_that_starts_one_process_for_several_is_refused(assets, tmp_path):
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_ncp_cpo.py"]
-    done = python(*command, *arguments(assets, tmp_path / "out"))
+    two = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = launch("train_ncp_cpo.py", arguments(assets, tmp_path / "out"), *two)
     assert done.returncode and "error: accelerate launch was told of several processes" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +158,7 @@ def test_what_a_launcher_says(monkeypatch, environment, seen, said):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = processes.misunderstanding(seen)
+    found = processes.launcher_mismatch(seen)
     assert found is None if said is None else said in found and "\n" not in found
 
 
@@ -193,16 +181,15 @@ for name in ("getuid", "fork", "wait4", "killpg", "setsid", "getpgid", "posix_fa
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, LK_UNLCK=0, locking=lambda *a: None)
 import importlib
 from pathlib import Path
-for file in [*Path("ncp").glob("*.py"), *Path("evaluation").glob("*.py")]:
+for file in [f for room in ("ncp", "filtering", "evaluation") for f in Path(room).rglob("*.py")]:
     importlib.import_module(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
 import cache_latents, evaluate, filter_pickapic, train_ncp_cpo, train_ncp_dpo, train_ncp_sft
 print("imported", flush=True)
-from ncp.common import processes
-from ncp.training.meter import peak_memory_gib
+from ncp.common.errors import run_program
+from ncp.training import meter
 sys.platform = "win32"
-peak_memory_gib = lambda device: 1.0  # psutil's figure of Windows
-for script in (train_ncp_dpo,):
-    script.run(script.main)
+meter.peak_memory_gib = lambda device: 1.0  # psutil's figure of Windows
+run_program(train_ncp_dpo.main)
 """
 
 

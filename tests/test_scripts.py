@@ -1,106 +1,32 @@
 """The real scripts, launched on real files: what they write, what they refuse, and that every option runs."""
 
+import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from pipelines import SIDE, jpeg, save_dataset, save_pipeline
-from safetensors.torch import load_file, save_file
-from support import python
+from pipelines import SIDE, jpeg, save_dataset
+from runs import SCRIPTS, arguments, assert_same_weights, launch, loaded, refusal, run_here, weights
+from safetensors.torch import save_file
+from support import torchrun
 
-import train_ncp_cpo
+import ncp.training.run
 import train_ncp_dpo
-import train_ncp_sft
-from ncp.common import lock
 from ncp.common.config import parse
-from ncp.training import checkpoints, memory
+from ncp.common.files import sha256
 from ncp.training.checkpoints import read_manifest
-from ncp.training.engine import make_accelerator
-from ncp.training.models import load_models
-from ncp.training.pairs import open_pairs
-from ncp.training.pipeline import describe
-from ncp.training.samples import PairDataset, loader
-from ncp.training.weights import lora_state
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory) -> Path:
-    """Random SD and SDXL pipelines and a small dataset."""
-    folder = tmp_path_factory.mktemp("assets")
-    save_pipeline(folder / "sd")
-    save_pipeline(folder / "sd-v", prediction_type="v_prediction")
-    save_pipeline(folder / "xl", xl=True)
-    save_dataset(folder / "data" / "train.parquet")
-    return folder
-
-
-def arguments(assets: Path, output: Path, *extra: str, model: str = "sd") -> list[str]:
-    settings = {
-        "pretrained_model_name_or_path": assets / model,
-        "dataset_name": assets / "data",
-        "output_dir": output,
-        "cache_dir": assets / "cache",
-        "resolution": SIDE,
-        "mixed_precision": "no",
-        "train_batch_size": 2,
-        "max_train_steps": 2,
-        "learning_rate": 1e-3,
-        "scale_lr": "false",
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-    }
-    return [str(a) for key, value in settings.items() for a in (f"--{key}", value)] + list(extra)
-
-
-def launch(script: str, argv: list[str], *prefix: str) -> subprocess.CompletedProcess:
-    """The script in a process of its own, as a user would start it."""
-    return python(*prefix, ROOT / script, *argv)
-
-
-def run_here(kind: str, argv: list[str], monkeypatch, foresee: bool = False, **replacements) -> dict:
-    """The script's main() in this process, which saves its imports; returns what it hands to `finish`.
-
-    Without `foresee` it leaves out the estimate of memory, which takes as long as all the rest of such a run.
-    """
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    held: dict = {}
-    finish = training.finish
-
-    def spy(config, m, *rest):
-        held.update(config=config, models=m)
-        finish(config, m, *rest)
-
-    monkeypatch.setattr(training, "finish", spy)
-    if not foresee:
-        monkeypatch.setattr(memory, "foresee", lambda *_, **__: None)
-    monkeypatch.setattr(sys, "argv", [f"train_ncp_{kind}.py", *argv])
-    for name, value in replacements.items():
-        monkeypatch.setattr(SCRIPTS[kind], name, value)
-    try:
-        SCRIPTS[kind].main()
-    finally:
-        lock.release()  # which a process of its own would do at its end
-    monkeypatch.undo()
-    return held
-
+from ncp.training.weights import WEIGHTS, lora_state
 
 # ---------------------------------------------------------------- what a run leaves
 
 
 @pytest.mark.parametrize("model", ["sd", "xl"])
-def test_only_lora_weights_change_and_they_are_finite(assets, tmp_path, monkeypatch, model):
-    held = run_here("dpo", arguments(assets, tmp_path / "out", model=model), monkeypatch)
-    m, on_disk = held["models"], UNet2DConditionModel.from_pretrained(assets / model, subfolder="unet")
+def test_only_lora_weights_change_and_they_are_finite(assets, tmp_path, model):
+    run = run_here("dpo", arguments(assets, tmp_path / "out", model=model))
+    m, on_disk = run.models, UNet2DConditionModel.from_pretrained(assets / model, subfolder="unet")
     for (name, before), after in zip(on_disk.named_parameters(), m.reference.parameters(), strict=True):
         assert torch.equal(before, after), name
     lora = lora_state(m.unet)
@@ -112,9 +38,9 @@ def test_only_lora_weights_change_and_they_are_finite(assets, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("model", ["sd", "xl"])
-def test_lora_loads_into_an_untouched_pipeline_and_draws_the_same(assets, tmp_path, monkeypatch, model):
+def test_lora_loads_into_an_untouched_pipeline_and_draws_the_same(assets, tmp_path, model):
     argv = arguments(assets, tmp_path / "out", "--lora_alpha", "32", "--learning_rate", "1e-2", model=model)
-    m = run_here("dpo", argv, monkeypatch)["models"]
+    m = run_here("dpo", argv).models
     settings = {"height": SIDE, "width": SIDE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
 
     def picture(pipe) -> torch.Tensor:
@@ -152,7 +78,7 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
         assert text in done.stdout
     assert "Warning" not in done.stderr and "kernels" not in done.stderr  # a clean first screen
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert {"pytorch_lora_weights.safetensors", "config.yaml", "README.md"} <= names
+    assert {"pytorch_lora_weights.safetensors", "config.yaml", "environment.yaml", "README.md"} <= names
     assert {"validation/step-000001.png", "validation/step-000002.png"} <= names
     assert {"checkpoint-1/manifest.json", "checkpoint-2/manifest.json"} <= names
     assert any("tfevents" in n for n in names)
@@ -172,12 +98,12 @@ def test_the_output_folder_of_a_launched_run(assets, tmp_path):
     assert "validation" in events.Tags()["images"]
 
 
-def test_another_vae_is_used(assets, tmp_path, monkeypatch):
+def test_another_vae_is_used(assets, tmp_path):
     shutil.copytree(assets / "sd" / "vae", tmp_path / "vae")
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
     extra = ["--pretrained_vae_model_name_or_path", str(tmp_path / "vae")]
-    m = run_here("sft", arguments(assets, tmp_path / "out", *extra), monkeypatch)["models"]
+    m = run_here("sft", arguments(assets, tmp_path / "out", *extra)).models
     assert m.pipe.vae.config.scaling_factor == 0.25
 
 
@@ -188,10 +114,11 @@ def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
     reply = type("Repo", (), {"repo_id": "me/mine"})
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **kw: calls.update(name=name, **kw) or reply)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kw: calls.update(kw))
-    run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine"), monkeypatch)
+    run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine"))
     assert calls["name"] == calls["repo_id"] == "me/mine" and calls["private"] is True
     assert calls["folder_path"] == tmp_path / "out"
-    assert {"pytorch_lora_weights.safetensors", "README.md", "config.yaml"} <= set(calls["allow_patterns"])
+    wanted = {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "environment.yaml"}
+    assert wanted <= set(calls["allow_patterns"])
     assert 'load_lora_weights("me/mine")' in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -199,7 +126,7 @@ def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_resuming_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, monkeypatch, kind):
+def test_resuming_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, kind):
     extra = [
         "--max_train_steps",
         "4",
@@ -210,19 +137,17 @@ def test_resuming_gives_the_weights_of_the_uninterrupted_run(assets, tmp_path, m
         "--use_ema",
         "true",
     ]
-    run_here(kind, arguments(assets, tmp_path / "whole", *extra), monkeypatch)
+    run_here(kind, arguments(assets, tmp_path / "whole", *extra))
     part = tmp_path / "part"
     part.mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", part / "checkpoint-2")
     (part / "checkpoint-3").mkdir()  # what a crash might leave
-    run_here(kind, arguments(assets, part, *extra, "--resume_from_checkpoint", "latest"), monkeypatch)
-    whole, resumed = (load_file(f / "pytorch_lora_weights.safetensors") for f in (tmp_path / "whole", part))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    run_here(kind, arguments(assets, part, *extra, "--resume_from_checkpoint", "latest"))
+    assert_same_weights(tmp_path / "whole", part)
 
 
-def test_eight_bit_state_is_in_use_and_in_the_checkpoint(assets, tmp_path, monkeypatch):
-    run_here("dpo", arguments(assets, tmp_path / "out"), monkeypatch)
+def test_eight_bit_state_is_in_use_and_in_the_checkpoint(assets, tmp_path):
+    run_here("dpo", arguments(assets, tmp_path / "out"))
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
 
     def moments(tree):
@@ -235,18 +160,16 @@ def test_eight_bit_state_is_in_use_and_in_the_checkpoint(assets, tmp_path, monke
     assert torch.uint8 in set(moments(state["optimizer"]["state"]))
 
 
-def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path, monkeypatch):
+def test_two_processes_and_another_split_give_the_same_run(assets, tmp_path):
     # AdamW moves a weight by lr whatever its gradient's size: with a small epsilon, summation noise would show.
     extra = ["--use_8bit_adam", "false", "--adam_epsilon", "1e-3", "--max_train_steps", "3", "--learning_rate", "1e-2"]
-    # run_here undoes the environment, so it goes first.
-    run_here("dpo", arguments(assets, tmp_path / "one", *extra, "--train_batch_size", "4"), monkeypatch)
+    run_here("dpo", arguments(assets, tmp_path / "one", *extra, "--train_batch_size", "4"))
     split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch("train_ncp_dpo.py", arguments(assets, tmp_path / "two", *extra, *split), *two)
+    argv = arguments(assets, tmp_path / "two", *extra, *split)
+    done = launch("train_ncp_dpo.py", argv, *torchrun(2), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert "1 x 2 accumulation x 2 processes" in done.stdout
-    one, other = (load_file(tmp_path / n / "pytorch_lora_weights.safetensors") for n in ("one", "two"))
+    one, other = (weights(tmp_path / n) for n in ("one", "two"))
     moved = {k: (one[k].abs().max()) for k in one if "lora_B" in k or "lora.up" in k}
     for k in moved:
         assert (one[k] - other[k]).abs().max() < 1e-3 * max(moved.values()), k
@@ -260,7 +183,7 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(assets, tmp_path, kin
         config = parse(
             SCRIPTS[kind].Config, arguments(assets, tmp_path, "--gradient_checkpointing", checkpointing, model=model)
         )
-        m, batch = loaded(config, losers=kind != "sft")
+        m, batch = loaded(config, images=1 if kind == "sft" else 2)
         for name, p in m.unet.named_parameters():
             if "lora_B" in name:  # zero at the start, where lora_A would have no gradient
                 torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -270,49 +193,6 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(assets, tmp_path, kin
     for name, plain in gradients[0].items():
         assert plain.abs().max() > 0, name
         torch.testing.assert_close(gradients[1][name], plain, rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
-
-
-def loaded(config, losers: bool):
-    """(models, first batch) as a script has them."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    accelerator = make_accelerator(config)
-    description = describe(config)
-    shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, open_pairs(config), shape, description.num_timesteps, losers)
-    batch = next(iter(loader(dataset, config, 0, 0, 1)))
-    return load_models(config, description, accelerator), batch
-
-
-OPTIONS = [
-    ["--space", "latent"],
-    ["--encoder_blocks", "0"],
-    ["--encoder_blocks", "mid"],
-    ["--encoder_blocks", "[0, 1, last, mid]"],
-    ["--timestep_offset", "2"],
-    ["--timestep_offset", "5"],
-    ["--timestep_offset", "x0"],
-    ["--secant", "1"],
-    ["--secant", "16"],
-    ["--secant_length", "0.05"],
-    ["--allow_tf32", "false", "--max_grad_norm", "0.1", "--logging_steps", "2"],
-    ["--mixed_precision", "bf16", "--gradient_checkpointing", "true", "--channels_last", "true"],
-    ["--gradient_checkpointing", "true", "--checkpointed_blocks", "[encoder, down0, up2]"],
-    ["--use_8bit_adam", "false", "--use_ema", "true"],
-    ["--proportion_empty_prompts", "1", "--center_crop", "--random_flip", "false"],
-    ["--checkpoints_total_limit", "1", "--checkpointing_steps", "1", "--max_train_samples", "3"],
-    ["--deterministic", "--ddp_timeout", "60", "--max_train_hours", "1", "--time_ids", "fixed"],
-]
-
-
-@pytest.mark.parametrize("extra", OPTIONS, ids=lambda o: "-".join(o).replace("--", ""))
-@pytest.mark.parametrize("kind", SCRIPTS)
-def test_every_value_of_every_option_runs(assets, tmp_path, monkeypatch, kind, extra):
-    model = "xl" if kind == "cpo" else "sd-v" if kind == "sft" else "sd"
-    held = run_here(kind, arguments(assets, tmp_path / "out", *extra, model=model), monkeypatch, foresee=True)
-    assert all(v.isfinite().all() for v in lora_state(held["models"].unet).values())
-    if "--checkpoints_total_limit" in extra:
-        assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 # ---------------------------------------------------------------- what they refuse
@@ -394,24 +274,15 @@ def junk(file: Path) -> Path:
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_any_model_loads(assets, tmp_path, monkeypatch, capsys, case):
-    from ncp.common.errors import run_program as run
-
     build, message = BAD[case]
     argv = [*arguments(assets, tmp_path / "out"), *build(assets, tmp_path)]
     if case != "corrupt image":  # which only a run can meet
-        monkeypatch.setattr(models, "load_models", lambda *_: pytest.fail("a model was loaded first"))
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    monkeypatch.setattr(sys, "argv", ["train_ncp_dpo.py", *argv])
+        monkeypatch.setattr(ncp.training.run, "load_models", lambda *_: pytest.fail("a model was loaded first"))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        run(train_ncp_dpo.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    line = next(text for text in error.splitlines() if text.startswith("error: "))
-    assert message in line and "Traceback" not in error
-    if case not in ("corrupt image",):
-        assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.suffix not in (".lock",)] == []
+    said = refusal(train_ncp_dpo.main, argv, capsys)
+    assert message in next(line for line in said.splitlines() if line.startswith("error: "))
+    if case != "corrupt image":
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
@@ -422,15 +293,15 @@ def test_a_launched_script_says_it_in_one_line(assets, tmp_path, kind):
 
 
 @pytest.mark.parametrize("key", ["pretrained_model_name_or_path", "dataset_name"])
-def test_a_hub_that_does_not_answer_is_said_in_one_line(assets, tmp_path, monkeypatch, key):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = launch("train_ncp_dpo.py", arguments(assets, tmp_path / "out", f"--{key}", "someone/something"))
+def test_a_hub_that_does_not_answer_is_said_in_one_line(assets, tmp_path, key):
+    argv = arguments(assets, tmp_path / "out", f"--{key}", "someone/something")
+    done = launch("train_ncp_dpo.py", argv, HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "someone/something" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
-    run_here("dpo", arguments(assets, tmp_path / "out"), monkeypatch)
+def test_a_malicious_pickle_is_not_run(assets, tmp_path):
+    run_here("dpo", arguments(assets, tmp_path / "out"))
     checkpoint = tmp_path / "out" / "checkpoint-2"
 
     class Evil:
@@ -440,21 +311,18 @@ def test_a_malicious_pickle_is_not_run(assets, tmp_path, monkeypatch):
     torch.save({"optimizer": Evil()}, checkpoint / "optimizer.pt")
     manifest = read_manifest(checkpoint)
     file = checkpoint / "optimizer.pt"
-    manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": checkpoints.sha256(file)}
-    import json
-
+    manifest["files"]["optimizer.pt"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     argv = arguments(assets, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
     with pytest.raises(Exception, match=r"[Ww]eights"):
-        run_here("dpo", argv, monkeypatch)
+        run_here("dpo", argv)
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_resumed_lora_file_is_checked(assets, tmp_path):
     run = launch("train_ncp_sft.py", arguments(assets, tmp_path / "out", "--checkpointing_steps", "1"))
     assert run.returncode == 0, run.stderr
-    weights = tmp_path / "out" / "checkpoint-2" / "pytorch_lora_weights.safetensors"
-    save_file({"x": torch.zeros(1)}, weights)
+    save_file({"x": torch.zeros(1)}, tmp_path / "out" / "checkpoint-2" / WEIGHTS)
     argv = arguments(assets, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
     again = launch("train_ncp_sft.py", argv)
     assert again.returncode == 0

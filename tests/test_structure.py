@@ -12,7 +12,15 @@ import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
 
-PROGRAMS = ("train_ncp_dpo", "train_ncp_cpo", "train_ncp_sft", "filter_pickapic", "cache_latents", "evaluate")
+PROGRAMS = (
+    "train_ncp_dpo",
+    "train_ncp_cpo",
+    "train_ncp_sft",
+    "filter_pickapic",
+    "cache_latents",
+    "export_lora",
+    "evaluate",
+)
 # Floors, from the ground up. A module belongs to the first prefix that fits it.
 FLOORS = (
     ("ncp.common",),
@@ -20,7 +28,7 @@ FLOORS = (
     ("ncp.training",),
     ("filtering", "evaluation"),
     PROGRAMS,
-    ("tiny", "benchmarks"),  # which use the programs
+    ("tiny", "benchmarks", "study"),  # which use the programs
 )
 # What the evaluation knows of the embedded default: its prompts and its judge, which import nothing above them.
 GROUND = ("tiny", "tiny.world", "tiny.oracle")
@@ -34,7 +42,7 @@ SUBSTITUTIONS = {  # of `main`: the objective's name, the images of a sample, th
 
 def modules() -> dict[str, Path]:
     """Name to file of every module of the project but the tests."""
-    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(f for room in ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study")
                                    for f in (ROOT / room).rglob("*.py"))]  # fmt: skip
     names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
     return {name.removesuffix(".__init__"): file for file, name in names.items()}

@@ -40,13 +40,15 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    group: str | None = None,
 ) -> Any:
     """A dataclass field with its documentation and range.
 
     choices: accepted values (for a list: of its items). low, high: inclusive bounds. above: exclusive lower bound.
-    A field without a default is required.
+    A field without a default is required. group: the heading that this key and those after it are documented under,
+    up to the next key with one.
     """
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above, "group": group}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -60,14 +62,22 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
-    for name, field in fields.items():
-        # A bare --flag means true; everything else needs its value.
-        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[name] is bool else {}
-        parser.add_argument(
-            f"--{name}", default=dataclasses.MISSING, help=_help(field), metavar=_show(hints[name]), **flag
-        )
+    for group, members in grouped(cls).items():
+        section = parser.add_argument_group(group or "keys")
+        for field in members:
+            text = f"{field.metadata['doc']} ({accepted(field, hints[field.name])}; {default_of(field)})"
+            # A bare --flag means true; everything else needs its value.
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[field.name] is bool else {}
+            section.add_argument(
+                f"--{field.name}", default=dataclasses.MISSING, metavar="VALUE", help=text.replace("%", "%%"), **flag
+            )
     known, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].split("=")[0]
@@ -102,7 +112,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config file ({getattr(error, 'strerror', None) or error})") from None
     try:
         content = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, such as 2023-02-30
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -115,6 +125,56 @@ def save_yaml(config: Any, path: Path) -> None:
     """Writes a configuration, as YAML that `parse` reads back to the same values, or a mapping."""
     content = config if isinstance(config, dict) else dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+# ---------------------------------------------------------------- documentation
+
+
+def grouped(cls: type) -> dict[str, list[dataclasses.Field]]:
+    """The keys of a configuration by group, in the order of help, documentation and config files.
+
+    A subclass's key whose group is already there joins it. Keys before the first group have the empty name.
+    """
+    groups: dict[str, list[dataclasses.Field]] = {}
+    name = ""
+    for field in dataclasses.fields(cls):
+        name = field.metadata["group"] or name
+        groups.setdefault(name, []).append(field)
+    return groups
+
+
+def accepted(field: dataclasses.Field, hint: Any) -> str:
+    """What a key takes, in words: its type, and its range or choices. hint: the type annotation."""
+    inner, optional = _unwrap(hint)
+    low, high, above, choices = (field.metadata[k] for k in ("low", "high", "above", "choices"))
+    text = _show(inner)
+    if choices is not None:
+        text = ("list of: " if _is_list(inner) else "one of: ") + ", ".join(map(as_text, choices))
+    elif low is not None and high is not None:
+        text += f" from {as_text(low)} to {as_text(high)}"
+    else:
+        bounds = {"at least": low, "more than": above, "at most": high}
+        named = [f"{words} {as_text(bound)}" for words, bound in bounds.items() if bound is not None]
+        text += ", " + " and ".join(named) if named else ""
+    return f"{text}, or null" if optional else text
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """'default: VALUE' or 'required'."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f"default: {as_text(field.default_factory())}"
+    return "required" if field.default is dataclasses.MISSING else f"default: {as_text(field.default)}"
+
+
+def as_text(value: Any) -> str:
+    """A key's value as it is written in YAML, without the quotes that some texts need there."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_text, value))}]"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.15g}".replace("e-0", "e-")
+    return str(value)
 
 
 # ---------------------------------------------------------------- conversion
@@ -227,12 +287,6 @@ def _show(hint: Any) -> str:
     else:
         name = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(inner, str(inner))
     return f"{name} or null" if optional else name
-
-
-def _help(field: dataclasses.Field) -> str:
-    default = "" if field.default is dataclasses.MISSING else f" (default: {field.default})"
-    choices = f" One of: {', '.join(map(str, field.metadata['choices']))}." if field.metadata["choices"] else ""
-    return (field.metadata["doc"] + "." + choices + default).replace("%", "%%")
 
 
 def _nearest(name: str, known: Any, prefix: str = "") -> str:

@@ -18,9 +18,9 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # the hub's access tokens
 
 
 class UserError(Exception):
-    """A mistake in the input: its message is one line, meant for the person at the keyboard.
+    """A mistake in the input. Its message is one line for the user.
 
-    everywhere: every process finds it, so that the first alone need say it; otherwise whoever meets it does.
+    everywhere: every process raises it, and the first one prints it; otherwise each process that raises it prints it.
     """
 
     def __init__(self, message: str, everywhere: bool = True):
@@ -32,7 +32,7 @@ INTERRUPTED, DIVERGED = 75, 3  # exit statuses; the first is EX_TEMPFAIL of syse
 
 
 class Stopped(Exception):
-    """A run that ends early as it should: a line for the person at the keyboard, and the exit status."""
+    """A run that ends early on purpose: one line for the user, and the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -54,14 +54,14 @@ def run_program(main: Callable[[], Any]) -> None:
         try:
             main()
         except BaseException as error:
-            # A data loader ends its workers, which outlive signals, once nothing refers to it.
+            # A data loader ends its worker processes, which ignore signals, when nothing refers to it any more.
             traceback.clear_frames(error.__traceback__)
             raise
     except UserError as error:
         if first or not error.everywhere:  # one line, not one per process
             _say(f"error: {error}")
         sys.exit(2)
-    except OSError as error:  # a disk or a network, which a traceback would not explain better
+    except OSError as error:  # of a disk or a network: a traceback would not explain it better
         where = f": {error.filename}" if error.filename else ""
         _say(f"error: {error.strerror or error}{where} (NCP_DEBUG=1 shows where in the program)")
         sys.exit(2)
@@ -69,14 +69,14 @@ def run_program(main: Callable[[], Any]) -> None:
         if first:
             _say(str(stop))
         sys.exit(stop.status)
-    except KeyboardInterrupt:  # before a run's guard takes signals over, and in programs that have none
+    except KeyboardInterrupt:  # before a run's guard handles signals, and in programs without a guard
         if first:
             _say("interrupted")
         sys.exit(130)  # as a shell reports it
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        # Without the clean-up at exit, which would wait for the one that is gone.
+        # At once: the usual clean-up at exit would wait for the process that is gone.
         _say(f"error: another process of this run has ended or does not answer ({str(error).splitlines()[0]})")
         os._exit(2)
     finally:
@@ -109,7 +109,7 @@ def _leave_processes() -> None:
 
 
 def _say(line: str) -> None:
-    """A line of its own on standard error, even under a progress bar; whatever it quotes, no hub token is in it."""
+    """Prints a line on standard error, also while a progress bar is shown. Hub tokens in it are masked."""
     tqdm.write(TOKEN.sub("hf_***", " ".join(line.splitlines())), file=sys.stderr)
 
 

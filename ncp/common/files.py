@@ -39,11 +39,12 @@ def temporary_for(path: Path) -> Path:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Gives a finished file or folder its name, once the disk has its content."""
-    if temporary.is_dir():
-        for file in temporary.iterdir():
-            _wait_for_disk(file)
-        remove(path)  # a folder cannot replace another
+    is_folder = temporary.is_dir()
+    for file in [*temporary.rglob("*")] if is_folder else []:
+        _wait_for_disk(file)
     _wait_for_disk(temporary)
+    if is_folder:
+        remove(path)  # a folder cannot replace another
     os.replace(temporary, path)
     _wait_for_disk(path.parent)
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and what a launcher said about its processes.
+"""Processes that end with the one that started them, and whether accelerate sees the launcher's processes.
 
 `end_with_parent` is for workers, `follow_launcher` for the ranks of a run, `tied` for any command that is started from
 Python. Nothing else of this project is imported here: this file is also what a tied command is started through.
@@ -46,7 +46,7 @@ def follow_launcher() -> None:
 
 
 def _watch(parent: int, grace: float) -> None:
-    """Looks from a thread. (The kernel's signal would also come if only the launcher's starting thread ended.)"""
+    """Checks from a thread. (The kernel's signal would also be sent if only the launcher's starting thread ended.)"""
 
     def look() -> None:
         while os.getppid() == parent:
@@ -65,8 +65,8 @@ def tied(command: Sequence[object]) -> list[str]:
     return [sys.executable, "-I", __file__, str(os.getpid()), *words] if sys.platform == "linux" else words
 
 
-def misunderstanding(num_processes: int) -> str | None:
-    """Why the launcher's number of processes is not the run's (what accelerate sees), in a line; None if it is."""
+def launcher_mismatch(num_processes: int) -> str | None:
+    """Why accelerate sees another number of processes than the launcher started, in one line; None if it does not."""
     launched = os.environ.get("WORLD_SIZE", "")
     if launched.isdecimal() and int(launched) != num_processes:
         what = "set ACCELERATE_USE_CPU=true, which joins processes that have no GPU"

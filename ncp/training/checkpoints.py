@@ -5,8 +5,9 @@ A checkpoint is a folder `checkpoint-STEP` of
     pytorch_lora_weights.safetensors   the training weights, in diffusers' format
     optimizer.pt                       state of the optimizer, the gradient scaler and the average; tensors and numbers
     config.yaml                        the run's configuration
-    manifest.json                      step, time, figures since the last log entry, what the run's result depends on
-                                       beside its config (`inputs`), and each file's size and sha256
+    manifest.json                      step, time, figures since the last log entry, what an exported LoRA says of the
+                                       run (`facts`), what its result depends on beside its config (`inputs`), and
+                                       each file's size and sha256
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class State:
             raise failure or UserError("the main process could not write a checkpoint")
 
     def _write(self, folder: Path, config: TrainingConfig, step: int, content: dict[str, Any]) -> None:
-        folder.mkdir()  # but not its parent: a folder that somebody removed is not to come back
+        folder.mkdir()  # without its parents: an output folder that was removed meanwhile is not made again
         save_lora(self.models, folder)
         save_yaml(config, folder / "config.yaml")
         scaler = self.accelerator.scaler
@@ -82,7 +83,7 @@ class State:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema": self.average.state_dict() if self.average is not None else None,
         }
-        torch.save(state, buffer := io.BytesIO())  # torch's own writer does not say what the disk's trouble is
+        torch.save(state, buffer := io.BytesIO())  # torch's own writer does not report the system's error
         (folder / "optimizer.pt").write_bytes(buffer.getbuffer())
         files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
         manifest = {"step": step, "version": ncp.__version__, **content, "files": files}

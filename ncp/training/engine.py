@@ -11,7 +11,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import GradScalerKwargs, ProjectConfiguration
 
 from ncp.common.errors import UserError
-from ncp.common.processes import misunderstanding
+from ncp.common.processes import launcher_mismatch
 from ncp.training import precision
 from ncp.training.settings import TrainingConfig
 
@@ -19,18 +19,19 @@ from ncp.training.settings import TrainingConfig
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """accelerate's engine for this config.
 
-    Raises UserError for an engine, precision or tracker that it cannot have, and if it misunderstands its launcher.
+    Raises UserError for an engine, a precision or a tracker that is not supported here, and if accelerate does not see
+    the processes that the launcher started.
     """
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
-            # The policy, the reference and the encoder share one frozen U-Net, which sharding would take apart.
+            # Policy, reference and encoder share the weights of one frozen U-Net; sharding would separate them.
             raise UserError(
                 f"accelerate is configured for {engine}, which is not supported; use DDP (docs/robustness.md)"
             )
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = False
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA reads when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA reads it when it starts
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use no")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
@@ -45,15 +46,15 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
-                # float16's usual scale, for the loss before accumulation divides it.
+                # The usual first scale of float16, for a loss that accelerate divides by the accumulation steps.
                 GradScalerKwargs(init_scale=2.0**16 * config.gradient_accumulation_steps),
             ],
         )
     except ValueError as error:
         raise UserError(f"report_to is '{config.report_to}': {str(error).splitlines()[0]}") from None
-    if reason := misunderstanding(accelerator.num_processes):
+    if reason := launcher_mismatch(accelerator.num_processes):
         raise UserError(reason)
-    if tracker and not accelerator.log_with:  # accelerate drops a tracker that is not installed without a word
+    if tracker and not accelerator.log_with:  # accelerate silently drops a tracker that is not installed
         raise UserError(f"report_to is '{tracker}', which is not installed (pip install {tracker})")
     for line in precision.notes(config, accelerator.device):
         accelerator.print(f"{'precision':>16}: {line}")

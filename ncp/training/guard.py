@@ -1,7 +1,7 @@
-"""When a run may not simply go on: signals, the clock, losses that are not finite, winners that get worse.
+"""What stops a run or skips a step: signals, the time limit, losses that are not finite, winners that get worse.
 
-All processes decide together, once per step. Exit statuses: `INTERRUPTED` for a run that is whole and can be continued
-by the same command, `DIVERGED` for one that would only diverge again.
+All processes decide together, once per step. Exit statuses: `INTERRUPTED` for a run that the same command continues,
+`DIVERGED` for one that would only diverge again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Objective = Callable[[Models, torch.nn.Module, dict[str, Any], Any], tuple[torch
 
 
 class Abandoned(Exception):
-    """Work of one process that is not finished, because a signal or the clock ends the run."""
+    """Work of one process that is not finished, because a signal or the time limit ends the run."""
 
 
 class Guard:
@@ -76,7 +76,7 @@ class Guard:
         """Whether the losses of this step and its gradient are finite on all processes, so that it may be taken.
 
         If not, the step is reported and counted; after `max_skipped_steps` of them in a row the run is stopped. In the
-        same small reduction all agree whether a signal or the clock ends the run after this step.
+        same small reduction all agree whether a signal or the time limit ends the run after this step.
         """
         losses, indices, self._stepped = torch.cat(self._losses), self._indices, True
         saturated = torch.cat(self._saturated).mean() > MOST_SATURATED
@@ -96,7 +96,7 @@ class Guard:
         if scaler is not None:
             scaler.update()  # it lowers its scale, as it would after a step
             if not bad_loss and scaler.get_scale() >= 1:
-                return False  # how fp16 finds the scale it can stand
+                return False  # the gradient scaler tries scales until one does not overflow
         self._in_a_row += 1
         self._report(step, losses, indices, grad_norm)
         if self._in_a_row >= self.config.max_skipped_steps:
@@ -106,7 +106,7 @@ class Guard:
     def _agree(self, step: int, *flags: torch.Tensor | bool) -> list[bool]:
         """Whether each flag is set on any process. All must call it, and learn whether the run ends after this step."""
         device, limit = self.accelerator.device, self.config.max_train_hours
-        # Not before a step is made: each start of a run gets at least so far.
+        # Not before the first step: each start of a run makes at least one.
         late = limit is not None and self._stepped and time.monotonic() - STARTED >= limit * 3600
         own = torch.stack([torch.as_tensor(f, device=device).float() for f in (*flags, late, self._signal)])
         *found, late, number = self.accelerator.gather(own).view(-1, len(own)).amax(0).tolist()
@@ -119,10 +119,10 @@ class Guard:
         return [bool(f) for f in found]
 
     def together(self, step: int, work: Iterator[Any]) -> bool:
-        """Goes through this process's share of a work, in pieces of seconds; False if a signal or the clock ends it.
+        """Does this process's share of some work, piece by piece; False if a signal or the time limit ends it.
 
-        Before each piece all processes agree whether to go on: none waits long for another, and a signal to any of
-        them is heeded by all. A share may be empty. step: the last one that is finished.
+        Before each piece all processes agree whether to go on, so that a signal to one of them stops all. A piece
+        should take seconds. A share may be empty. step: the last one that is finished.
         """
         more, end = True, object()
         while self.stopped is None:
@@ -134,9 +134,9 @@ class Guard:
         return False
 
     def between(self, step: int) -> None:
-        """The same between pieces of what this process does alone. The others wait in `together`; it joins them there.
+        """For a process that works alone, between pieces of its work, while the others wait in `together`.
 
-        Raises Abandoned if a signal or the clock ends the run.
+        Raises Abandoned if a signal or the time limit ends the run.
         """
         self._agree(step, True)
         if self.stopped is not None:
@@ -159,7 +159,7 @@ class Guard:
     def watch(self, step: int, heldout: HeldOut | None) -> dict[str, float]:
         """Figures of the held-out pairs if a look is due, else {}. Warns, or ends the run, if their winners drift.
 
-        {} as well if the look itself was cut short: `owes_look`.
+        {} as well if the look itself was interrupted (`owes_look`).
         """
         if heldout is None or step % self.config.heldout_steps:
             return {}

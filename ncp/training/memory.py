@@ -55,7 +55,7 @@ class Estimate:
 def print_estimate(
     config: TrainingConfig, description: Description, accelerator: Accelerator, images_per_sample: int
 ) -> None:
-    """Says, before anything is loaded, what a process will need, and if that is more than its GPU has."""
+    """Prints how much memory a process will need, and a warning if its GPU has less. Before anything is loaded."""
     if not accelerator.is_main_process:
         return
     need = estimate(config, description, images_per_sample)

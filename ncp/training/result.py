@@ -1,9 +1,13 @@
-"""What a finished run leaves: the LoRA in diffusers' format and its model card."""
+"""What a finished run leaves: the LoRA in diffusers' and in kohya's format, and its model card."""
 
 from __future__ import annotations
 
+import glob
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
@@ -12,11 +16,12 @@ from ncp.common import hub
 from ncp.common.files import write_text
 from ncp.training.checkpoints import writing
 from ncp.training.engine import effective_batch, learning_rate
+from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.models import Models, averaged
 from ncp.training.pairs import Pairs, describe_filtering
 from ncp.training.settings import TrainingConfig
 from ncp.training.summary import describe_loss
-from ncp.training.weights import WEIGHTS, save_lora
+from ncp.training.weights import WEIGHTS, lora_state, save_lora
 
 
 def write_result(
@@ -26,22 +31,41 @@ def write_result(
     models: Models,
     average: EMAModel | None,
     pairs: Pairs,
+    facts: dict[str, Any],
 ) -> None:
     """Writes the LoRA and the model card into the output folder, beside the config, and uploads them if asked.
 
-    The main process writes; the average's weights, if there is one.
+    The main process writes; the average's weights, if there is one. facts: see `training_facts`.
     """
     if not accelerator.is_main_process:
         return
     folder = Path(config.output_dir)
     effective = effective_batch(config, accelerator.num_processes)
+    kohya = folder / file_name(folder)
     with averaged(models, average), writing(folder):
         save_lora(models, folder)
+        save_in_kohya_form(config, models, kohya, facts)
         write_text(folder / "README.md", model_card(config, method, models, pairs, effective))
-    accelerator.print(f"wrote {folder / WEIGHTS}")
+    accelerator.print(f"wrote {folder / WEIGHTS}, and {kohya.name} for ComfyUI, Forge and AUTOMATIC1111")
     if config.push_to_hub:
-        patterns = [WEIGHTS, "README.md", "config.yaml", "environment.yaml", "validation/*.png"]
+        patterns = [
+            WEIGHTS,
+            glob.escape(kohya.name),
+            "README.md",
+            "config.yaml",
+            "environment.yaml",
+            "validation/*.png",
+        ]
         hub.upload(folder, config.hub_model_id or folder.name, config.hub_private_repo, patterns)
+
+
+def save_in_kohya_form(config: TrainingConfig, models: Models, file: Path, facts: dict[str, Any]) -> None:
+    """Writes the LoRA once more, the same float32 numbers under kohya's names."""
+    state = lora_state(models.unet)
+    alpha = float(config.lora_alpha or config.rank)
+    steps = config.max_train_steps
+    metadata = kohya_metadata(file.stem, state, alpha, asdict(config), ncp.__version__, steps, facts)
+    save_kohya(file, kohya_state(state, alpha, torch.float32), metadata)
 
 
 def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs, effective: int) -> str:
@@ -87,4 +111,7 @@ pipe = {kind}.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("{config.hub_model_id or config.output_dir}")
 image = pipe("a prompt").images[0]
 ```
+
+ComfyUI, Forge and AUTOMATIC1111 read the same LoRA from `{file_name(Path(config.output_dir))}` (kohya's key names).
+It goes into `models/loras` (ComfyUI) or `models/Lora` (the other two).
 """

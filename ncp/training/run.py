@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ncp.training.cache import open_cache
 from ncp.training.checkpoints import State, read_manifest, writing
 from ncp.training.engine import effective_batch, learning_rate, make_accelerator, make_optimizer
 from ncp.training.guard import Guard, HeldOut, Objective
+from ncp.training.kohya import training_facts
 from ncp.training.memory import print_estimate
 from ncp.training.meter import Meter
 from ncp.training.models import Models, load_models
@@ -83,6 +85,11 @@ class Run:
         """Of the current step."""
         return learning_rate(self.config, self.step, effective_batch(self.config, self.accelerator.num_processes))
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What an exported LoRA says of the run; a checkpoint holds it too."""
+        return training_facts(self.method, self.models, self.dataset)
+
     def micro_batches(self) -> Iterator[dict[str, Any]]:
         """The batches of one optimizer step, on this process's device. Raises UserError at a corrupt image."""
         for _ in range(self.config.gradient_accumulation_steps):
@@ -130,7 +137,7 @@ class Run:
     def _write_checkpoint(self, prune: bool) -> None:
         figures = self.meter.state(self.accelerator) | self.guard.state()
         state = State(self.models, self.optimizer, self.accelerator, self.average)
-        state.save(self.config, self.step, {**figures, "inputs": self.fingerprint}, prune)
+        state.save(self.config, self.step, {**figures, "facts": self.facts, "inputs": self.fingerprint}, prune)
 
     def draw_validation(self, step: int) -> None:
         """Draws the validation prompts every `validation_steps`."""
@@ -148,7 +155,8 @@ class Run:
         if self.guard.stopped:  # its checkpoint may be there already
             self._write_checkpoint(prune=False)
         else:
-            write_result(config, self.method, self.accelerator, self.models, self.average, self.dataset.pairs)
+            pairs = self.dataset.pairs
+            write_result(config, self.method, self.accelerator, self.models, self.average, pairs, self.facts)
         with writing(Path(config.output_dir)):
             for tracker in self.accelerator.trackers:
                 tracker.finish()

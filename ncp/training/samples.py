@@ -73,7 +73,7 @@ class PairDataset(Dataset):
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence([config.seed, *stream]))
         flip = config.random_flip and rng.random() < 0.5
-        place = rng.random(2)  # drawn in any case: what follows shall not depend on how images are cropped
+        place = rng.random(2)  # always drawn, so that the numbers after it do not depend on center_crop
         drop_prompt = rng.random() < config.proportion_empty_prompts
         timestep = int(rng.integers(config.first_timestep, self.num_timesteps))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -138,7 +138,7 @@ def loader(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    # A scheduler or a terminal signals every process at once; the last step still needs its batches.
+    # A job scheduler or a terminal signals all processes at once, and the last step still needs its batches.
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -12,135 +12,277 @@ from ncp.common.errors import UserError
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig:
-    """What the three scripts have in common. Names are diffusers' where diffusers has one."""
+    """What the three scripts have in common. Names are diffusers' where diffusers has one.
 
-    # model
-    pretrained_model_name_or_path: str = option(doc="diffusers pipeline folder or hub id, SD or SDXL architecture")
-    revision: str | None = option(None, doc="hub revision of the model")
-    variant: str | None = option(None, doc="weight file variant, such as fp16")
+    docs/configuration.md is made from this: python docs/configuration.py.
+    """
+
+    pretrained_model_name_or_path: str = option(
+        group="model",
+        doc="model to train, of Stable Diffusion's or SDXL's architecture: folder of a diffusers pipeline, or hub id",
+    )
+    revision: str | None = option(
+        None, doc="branch, tag or commit of the model, if it is a hub id; null: the main branch"
+    )
+    variant: str | None = option(
+        None, doc="variant of the weight files, such as fp16 for files named NAME.fp16.safetensors; null: no variant"
+    )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, doc="another VAE (folder or hub id), such as an fp16-safe one for SDXL; null: the model's own"
+        None,
+        doc="VAE to use instead of the model's own: folder or hub id, such as an fp16-safe one for SDXL; null: the "
+        "model's own",
     )
-    # data
-    dataset_name: str = option(doc="folder of Pick-a-Pic parquet shards, one parquet file, or a hub id of that schema")
-    dataset_split: str = option("train", doc="split: files or folders named for it, or the hub's split")
-    cache_dir: str | None = option(None, doc="where downloads and the memory-mapped copy of the dataset go")
+    dataset_name: str = option(
+        group="data",
+        doc="preference pairs in Pick-a-Pic's columns: folder of parquet files, one parquet file, or hub dataset id",
+    )
+    dataset_split: str = option(
+        "train",
+        doc="split to train on: in a folder the files named for it (all are train if no file is named for any split), "
+        "on the hub the split of that name",
+    )
+    cache_dir: str | None = option(
+        None,
+        doc="folder for the datasets library's downloads and its memory-mapped copy of the dataset; null: the "
+        "library's default folder",
+    )
     cached_latents: str | None = option(
-        None, doc="folder that cache_latents.py wrote with this config; null: encode images and prompts at every step"
+        None,
+        doc="folder that cache_latents.py wrote with this config; training reads latents and prompt embeddings from "
+        "it. null: encode images and prompts at every step",
     )
-    max_train_samples: int | None = option(None, low=1, doc="use only the first pairs, for a quick try")
+    max_train_samples: int | None = option(
+        None, low=1, doc="train on the first so many pairs only, for a quick try; null: on all"
+    )
     heldout_pairs: int = option(
-        0, low=0, doc="pairs whose prompts and images never train, evenly spaced, to watch the run by; 0: none"
+        0,
+        low=0,
+        doc="number of pairs, each of another prompt, that are kept out of training, as is every pair that shares a "
+        "prompt or an image with them. Their losses show a collapse (warn_winner_drift). 0: none",
     )
-    resolution: int = option(512, low=8, high=16384, doc="side of the square training images, in pixels")
-    center_crop: bool = option(True, doc="crop the centre; false: a random place, which cannot be cached")
-    random_flip: bool = option(True, doc="mirror the images, winner and loser together, half of the time")
+    resolution: int = option(512, low=8, high=16384, doc="side of the square training and validation images, in pixels")
+    center_crop: bool = option(
+        True, doc="cut the square from the middle of the image; false: at a random place, which cannot be cached"
+    )
+    random_flip: bool = option(True, doc="mirror winner and loser together, in half of the samples")
     time_ids: str = option(
         "image",
         choices=("image", "fixed"),
-        doc="SDXL's size and crop conditions: each image's own; fixed: a whole image of resolution, as Diffusion-DPO",
+        doc="size and crop that SDXL is conditioned on; other models have no such condition. image: each training "
+        "image's own. fixed: those of an uncropped image of this resolution, as in Diffusion-DPO's code",
     )
-    proportion_empty_prompts: float = option(0.0, low=0, high=1, doc="share of samples trained on the empty prompt")
+    proportion_empty_prompts: float = option(
+        0.0, low=0, high=1, doc="share of the samples that train with the empty prompt instead of their own"
+    )
     corrupt_images: str = option(
-        "error", choices=("error", "skip"), doc="stop at an unreadable image, or skip and count"
+        "error",
+        choices=("error", "skip"),
+        doc="what happens at an image that cannot be decoded. error: the run stops and names it. skip: the next pair "
+        "takes its place, and the log counts it",
     )
-    dataloader_num_workers: int = option(4, low=0, high=4096, doc="processes that decode images; 0: the main process")
-    # objective
+    dataloader_num_workers: int = option(
+        4, low=0, high=4096, doc="processes per GPU that decode images; 0: the training process decodes them itself"
+    )
     space: str = option(
         "perceptual",
         choices=("perceptual", "latent"),
-        doc="compare U-Net features (NCP) or noise (the latent baseline)",
+        group="objective",
+        doc="what the loss compares. perceptual: features of the frozen U-Net (NCP). latent: predicted noise "
+        "(Diffusion-DPO, the baseline)",
     )
     encoder_blocks: list[str] = option(
-        ["last"], doc="features of the encoder: last, mid, or down-block indices from 0; several count equally"
+        ["last"],
+        doc="U-Net blocks whose outputs are the features: last (the last down block), mid, or indices of down blocks "
+        "from 0. The loss of several is the mean of their losses",
     )
-    timestep_offset: str = option("1", doc="k of t' = t - k, or x0 to compare predictions of the clean sample")
+    timestep_offset: str = option(
+        "1",
+        doc="distance k between the noisy timestep t and the timestep t - k at which features are compared, an integer "
+        "from 1 to 999; x0: compare the predicted clean samples instead",
+    )
     secant: str = option(
         "auto",
-        doc="auto: eq. 13 as printed in float32, a derivative that is right in half precision otherwise; a number s: "
-        "that secant, 1 being eq. 13 as printed",
+        doc="how the small difference of features in eq. 13 is computed. auto: as printed in float32; in half "
+        "precision, which would round it away, over a longer step (secant_length). A number s of at least 1: over s "
+        "times the step, divided by s, in any precision; 1 is eq. 13 as printed",
     )
     secant_length: float = option(
-        0.016, above=0, doc="step length of secant auto in half precision, in latent standard deviations"
+        0.016,
+        above=0,
+        doc="length of the longer step that secant auto takes in half precision: its root mean square over the latent, "
+        "whose noisy values have a standard deviation near 1",
     )
-    # optimisation
-    output_dir: str = option(doc="where weights, checkpoints, logs and pictures go")
-    seed: int = option(0, low=0, high=2**63 - 1, doc="everything random is a function of seed, step and sample")
-    train_batch_size: int = option(1, low=1, high=65536, doc="pairs per process and forward pass")
-    gradient_accumulation_steps: int = option(1, low=1, doc="forward passes per optimizer step")
+    output_dir: str = option(
+        group="optimisation",
+        doc="folder for weights, the resolved config, checkpoints, logs and pictures; new or empty, unless the run is "
+        "resumed",
+    )
+    seed: int = option(
+        0,
+        low=0,
+        high=2**63 - 1,
+        doc="seed of everything random: initial LoRA weights, order, crops, mirroring, timesteps, noise",
+    )
+    train_batch_size: int = option(
+        1, low=1, high=65536, doc="pairs per process and forward pass; for train_ncp_sft.py winners"
+    )
+    gradient_accumulation_steps: int = option(
+        1, low=1, doc="forward and backward passes whose gradients are averaged for one optimizer step"
+    )
     effective_batch_size: int | None = option(
         None,
         low=1,
-        doc="if given, must equal batch x accumulation x processes: a guard when the number of GPUs changes",
+        doc="expected pairs per optimizer step; a run whose train_batch_size x gradient_accumulation_steps x processes "
+        "differs, such as one on fewer GPUs, is refused. null: no check",
     )
-    max_train_steps: int = option(1000, low=1, doc="optimizer steps")
-    learning_rate: float = option(1e-8, above=0, high=1e6, doc="learning rate, before scale_lr")
-    scale_lr: bool = option(True, doc="multiply the learning rate by the effective batch size")
-    lr_warmup_steps: int = option(0, low=0, doc="steps of linear warm-up; constant afterwards")
-    use_8bit_adam: bool = option(True, doc="AdamW8bit of bitsandbytes; false: torch's AdamW")
-    adam_beta1: float = option(0.9, low=0, high=0.99999, doc="AdamW's first moment decay")
-    adam_beta2: float = option(0.999, low=0, high=0.99999, doc="AdamW's second moment decay")
-    adam_weight_decay: float = option(1e-2, low=0, high=1e6, doc="AdamW's weight decay")
-    adam_epsilon: float = option(1e-8, above=0, high=1e6, doc="AdamW's epsilon")
-    max_grad_norm: float = option(1.0, above=0, doc="gradients are clipped to this norm")
+    max_train_steps: int = option(1000, low=1, doc="number of optimizer steps")
+    learning_rate: float = option(
+        1e-8,
+        above=0,
+        high=1e6,
+        doc="learning rate after warm-up; with scale_lr it is given per pair of the effective batch (1e-8 x 2048 pairs "
+        "= 2.05e-5)",
+    )
+    scale_lr: bool = option(
+        True,
+        doc="multiply learning_rate by the effective batch size, which is the number of pairs per optimizer step over "
+        "all processes",
+    )
+    lr_warmup_steps: int = option(
+        0, low=0, doc="optimizer steps in which the learning rate rises linearly from 0; it is constant afterwards"
+    )
+    use_8bit_adam: bool = option(
+        True, doc="AdamW with its state in 8 bits (bitsandbytes); false: torch's AdamW, state in float32"
+    )
+    adam_beta1: float = option(0.9, low=0, high=0.99999, doc="AdamW: decay per step of the mean of gradients")
+    adam_beta2: float = option(0.999, low=0, high=0.99999, doc="AdamW: decay per step of the mean of squared gradients")
+    adam_weight_decay: float = option(
+        1e-2, low=0, high=1e6, doc="AdamW: weight decay; each step shrinks the weights by this times the learning rate"
+    )
+    adam_epsilon: float = option(1e-8, above=0, high=1e6, doc="AdamW: added to the denominator of the update")
+    max_grad_norm: float = option(
+        1.0,
+        above=0,
+        doc="largest gradient norm, taken over all LoRA weights together; larger gradients are scaled down to it",
+    )
     gradient_checkpointing: bool = option(
-        False, doc="recompute activations in the backward pass: less memory, more time"
+        False, doc="recompute activations in the backward pass instead of keeping them: less memory, more time"
     )
     checkpointed_blocks: list[str] = option(
-        ["all"], doc="which blocks do so: all, or some of encoder, mid, down0, down1, ..., up0, up1, ..."
+        ["all"],
+        doc="blocks that gradient_checkpointing recomputes: all, or some of encoder (the frozen one), mid, down0, "
+        "down1, ..., up0, up1, ...",
     )
-    torch_compile: bool = option(False, doc="compile transformer and ResNet blocks: a slower start, faster steps")
-    channels_last: bool = option(False, doc="store convolution weights channels-last, which suits GPUs' half precision")
+    torch_compile: bool = option(
+        False,
+        doc="compile transformer and ResNet blocks with torch.compile; the start is slower, the steps after it may be "
+        "faster",
+    )
+    channels_last: bool = option(
+        False, doc="store convolution weights channels-last, the layout of many half-precision kernels on GPUs"
+    )
     mixed_precision: str = option(
-        "fp16", choices=("no", "fp16", "bf16"), doc="of frozen weights and arithmetic; LoRA weights stay float32"
+        "fp16",
+        choices=("no", "fp16", "bf16"),
+        doc="precision of the frozen weights and of the forward and backward passes; no (quoted in YAML) is float32. "
+        "LoRA weights, noising and the reverse step are always float32",
     )
     allow_tf32: bool = option(
         True,
-        doc="TF32 on Ampere and later GPUs where half precision leaves float32 (SDXL's VAE); mixed_precision no is "
-        "float32 throughout",
+        doc="let GPUs from Ampere on use TF32 for what a half-precision run computes in float32, such as SDXL's own "
+        "VAE; a run with mixed_precision no never uses it",
     )
     deterministic: bool = option(
-        False, doc="only kernels that give the same bits every time on the same hardware and software; slower"
+        False, doc="use only kernels that give the same bits each time on the same hardware and software; slower"
     )
-    rank: int = option(64, low=1, high=65536, doc="LoRA rank")
-    lora_alpha: float | None = option(None, above=0, doc="LoRA alpha; null: equal to rank")
-    use_ema: bool = option(False, doc="keep an exponential moving average of the LoRA weights and save that")
-    ema_decay: float = option(0.99, low=0, high=0.999999, doc="decay of that average per step")
-    # running
-    checkpointing_steps: int = option(500, low=1, doc="steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, low=1, doc="keep this many newest checkpoints; null: all")
+    rank: int = option(64, low=1, high=65536, doc="rank of the LoRA")
+    lora_alpha: float | None = option(
+        None, above=0, doc="alpha of the LoRA, whose output is multiplied by lora_alpha / rank; null: equal to rank"
+    )
+    use_ema: bool = option(
+        False,
+        doc="keep an exponential moving average of the LoRA weights, which is saved as the result and draws the "
+        "pictures",
+    )
+    ema_decay: float = option(
+        0.99,
+        low=0,
+        high=0.999999,
+        doc="share of the old average that is kept at each optimizer step; smaller in the first steps",
+    )
+    checkpointing_steps: int = option(
+        500, low=1, group="running", doc="optimizer steps between checkpoints; the last step writes one in any case"
+    )
+    checkpoints_total_limit: int | None = option(
+        None, low=1, doc="how many checkpoints are kept, the newest ones; null: all"
+    )
     resume_from_checkpoint: str | None = option(
-        None, doc="latest, a checkpoint folder, or auto: latest if there is one; null: start afresh"
+        None,
+        doc="where the run starts. latest: at the newest whole checkpoint in output_dir. auto: as latest, or from the "
+        "beginning if there is none. A checkpoint folder: at that one. null: from the beginning",
     )
     max_train_hours: float | None = option(
         None,
         above=0,
-        doc="checkpoint and stop after so many hours of wall-clock time, loading included; null: no limit",
+        doc="hours of wall-clock time, loading included, after which the run writes a checkpoint and stops with exit "
+        "status 75; null: no limit",
     )
     max_skipped_steps: int = option(
-        10, low=1, doc="stop after so many steps in a row with a loss or gradient that is not finite"
+        10,
+        low=1,
+        doc="optimizer steps in a row whose loss or gradient is not finite, at which the run stops with exit status 3. "
+        "Such steps are skipped; an overflow that fp16's loss scaling corrects does not count",
     )
-    heldout_steps: int = option(50, low=1, doc="steps between looks at the held-out pairs")
+    heldout_steps: int = option(50, low=1, doc="optimizer steps between evaluations of the held-out pairs")
     warn_winner_drift: float = option(
-        0.1, above=0, doc="warn when the median held-out winner's loss exceeds the reference's by this share"
+        0.1,
+        above=0,
+        doc="warn when the loss of held-out winners has risen above the reference model's by more than this share "
+        "(0.1: by 10%), as the median over the pairs",
     )
-    max_winner_drift: float | None = option(None, above=0, doc="stop when it does by this share; null: go on")
+    max_winner_drift: float | None = option(
+        None,
+        above=0,
+        doc="stop with exit status 3 when the loss of held-out winners has risen above the reference model's by more "
+        "than this share (0.1: by 10%), as the median over the pairs; needs heldout_pairs. null: never stop for it",
+    )
     ddp_timeout: int = option(
-        1800, low=10, high=10**7, doc="seconds that a process waits for the others before it gives up"
+        1800, low=10, high=10**7, doc="seconds that a process waits for the other processes before the run fails"
     )
-    logging_steps: int = option(1, low=1, doc="steps between log entries, which average over those steps")
-    report_to: str = option("tensorboard", doc="tracker: tensorboard, wandb, another of accelerate's, or none")
-    tracker_project_name: str = option("ncp", doc="project name given to the tracker")
-    # pictures
-    validation_prompts: list[str] = option([], doc="prompts drawn before and after, with fixed seeds")
-    validation_steps: int | None = option(None, low=1, doc="draw every so many steps; null: only at the end")
-    validation_num_inference_steps: int = option(50, low=1, high=999, doc="sampler steps (DDIM) of validation images")
-    validation_guidance_scale: float = option(7.5, low=0, doc="classifier-free guidance of validation images")
-    validation_seed: int = option(0, low=0, high=2**62, doc="seed of the first validation image; the others count up")
-    # sharing
-    push_to_hub: bool = option(False, doc="upload the output folder's weights and model card at the end")
-    hub_model_id: str | None = option(None, doc="repository to upload to; null: the output folder's name")
-    hub_private_repo: bool = option(True, doc="create that repository as private")
+    logging_steps: int = option(
+        1, low=1, doc="optimizer steps between log entries, each of which is the average over those steps"
+    )
+    report_to: str = option(
+        "tensorboard", doc="tracker that gets the log: tensorboard, wandb, another one of accelerate's, or none"
+    )
+    tracker_project_name: str = option(
+        "ncp", doc="name of the project in the tracker; for tensorboard a folder in output_dir/logs"
+    )
+    validation_prompts: list[str] = option(
+        [],
+        group="pictures",
+        doc="prompts that the reference and the trained model draw from the same noise, at the end of the run and "
+        "every validation_steps; without prompts there are no pictures",
+    )
+    validation_steps: int | None = option(
+        None, low=1, doc="optimizer steps between pictures; null: only at the end of the run"
+    )
+    validation_num_inference_steps: int = option(50, low=1, high=999, doc="DDIM sampling steps of the pictures")
+    validation_guidance_scale: float = option(
+        7.5, low=0, doc="scale of classifier-free guidance in the pictures; up to 1: no guidance"
+    )
+    validation_seed: int = option(
+        0, low=0, high=2**62, doc="seed of the first picture's noise; each further prompt has the next number"
+    )
+    push_to_hub: bool = option(
+        False,
+        group="sharing",
+        doc="upload weights, model card, config and pictures to the Hugging Face hub at the end of the run",
+    )
+    hub_model_id: str | None = option(
+        None, doc="hub repository to upload to, NAME or OWNER/NAME; null: the name of output_dir's last folder"
+    )
+    hub_private_repo: bool = option(True, doc="create that repository as a private one if it does not exist yet")
 
     def check(self) -> None:
         """Rules that span keys. Raises UserError."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ncp.common.errors import UserError
@@ -45,3 +47,33 @@ def load_lora(models: Models, folder: Path) -> None:
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         raise UserError(f"{folder / WEIGHTS}: not a LoRA of this model and rank")
     set_peft_model_state_dict(models.unet, state, "default")
+
+
+def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """(the LoRA of a U-Net in a file of diffusers' format, under peft's names; its alpha).
+
+    Raises UserError for a file that cannot be read, or that holds anything beside plain LoRA layers of one rank and
+    alpha on a U-Net.
+    """
+    try:
+        saved = load_file(file)
+        with safe_open(file, "pt") as content:
+            told = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    layers = {k: v for k, v in saved.items() if k.startswith("unet.") and v.dim() == 2}
+    if other := sorted(saved.keys() - layers.keys()):
+        raise UserError(f"{file}: {other[0]} is no LoRA weight of a U-Net's linear layer in diffusers' format")
+    state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in layers.items()})
+    down = {k: v for k, v in state.items() if k.endswith(".lora_A.weight")}
+    pairs = {k for key in down for k in (key, key.replace(".lora_A.", ".lora_B."))}
+    if not down or pairs != state.keys():
+        odd = sorted(pairs ^ state.keys())
+        raise UserError(f"{file}: not a LoRA in diffusers' format{f' (half of a layer: {odd[0]})' if odd else ''}")
+    ranks = {len(v) for v in down.values()}
+    special = [k for k in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora") if told.get(f"unet.{k}")]
+    if len(ranks) > 1 or special:
+        raise UserError(
+            f"{file}: expected one rank and one alpha for all layers{f', not {special[0]}' if special else ''}"
+        )
+    return state, float(told.get("unet.lora_alpha", ranks.pop()))  # diffusers takes a missing alpha as rank, too

@@ -1,0 +1,172 @@
+"""Takes a trained LoRA to other programs: one file for ComfyUI, Forge and AUTOMATIC1111, or a pipeline without a LoRA.
+
+    python export_lora.py --lora output/sdxl-ncp-dpo
+    python export_lora.py --lora output/sdxl-ncp-dpo/checkpoint-24 --precision fp16 --output loras/ncp-24.safetensors
+    python export_lora.py --lora output/sdxl-ncp-dpo --fuse --precision fp16 --output models/sdxl-ncp
+
+`lora` is the output folder of a training script or one of its checkpoints, of this version or an older one; any folder
+with a U-Net's LoRA in diffusers' format will do. The file has kohya's key names and metadata (ncp/training/kohya.py).
+A finished run has it already, in float32. With `fuse` the LoRA is added to the base model's weights, and the whole
+pipeline is written as a diffusers folder. The sum is taken in float32, and rounded once to `precision`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ncp.common.config import option, parse, read_yaml
+from ncp.common.errors import UserError, run_program
+from ncp.common.files import write_file
+from ncp.common.lock import is_empty
+from ncp.training.checkpoints import fault, read_manifest
+from ncp.training.fuse import check_base, fused_pipeline, layers, save_pipeline
+from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
+from ncp.training.weights import WEIGHTS, read_lora
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """The keys of export_lora.py."""
+
+    lora: str = option(group="what is written", doc="output folder or checkpoint folder of a training script")
+    output: str | None = option(
+        None,
+        doc="file to write (.safetensors), or with fuse the folder; null: in the LoRA's folder, named as it or fused",
+    )
+    precision: str = option(
+        "fp32",
+        choices=tuple(PRECISIONS),
+        doc="precision of the weights written; fp16 and bf16 take half the space of fp32",
+    )
+    fuse: bool = option(False, doc="write the base model's whole pipeline with the LoRA in its weights")
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        group="base model",
+        doc="base pipeline: folder or hub id; null: the one that the LoRA's config.yaml names",
+    )
+    revision: str | None = option(None, doc="hub revision of the base; null: the one in config.yaml")
+    variant: str | None = option(None, doc="weight file variant of the base; null: the one in config.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(ExportConfig, argv, description=__doc__)
+    folder = find_lora(config.lora)
+    state, alpha = read_lora(folder / WEIGHTS)
+    settings = settings_of(folder, config)
+    output = output_path(folder, config)
+    rank = next(iter(layers(state).values()))[0].shape[0]
+    what = f"{len(layers(state))} layers, rank {rank}, alpha {alpha:g}, {config.precision}"
+    dtype = PRECISIONS[config.precision]
+    if config.fuse:
+        write_fused(output, settings, state, alpha, dtype)
+        print(f"wrote {output}: {settings['pretrained_model_name_or_path']} with the LoRA in its weights ({what})")
+        return
+    facts, version, step = told_by(folder, settings)
+    metadata = kohya_metadata(output.stem, state, alpha, settings, version, step, facts)
+    with explain_write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_kohya(output, kohya_state(state, alpha, dtype), metadata)
+    print(f"wrote {output} ({what}): for models/loras of ComfyUI, models/Lora of Forge and AUTOMATIC1111")
+
+
+def find_lora(name: str) -> Path:
+    """The folder, if there is a LoRA in it. Raises UserError if there is none, or if a checkpoint is damaged."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"lora: no such folder: {name}")
+    if (folder / "manifest.json").is_file() and (reason := fault(folder)):
+        raise UserError(f"lora: {name}: {reason}")
+    if not (folder / WEIGHTS).is_file():
+        found = checkpoints(folder)
+        hint = f"; the run in it has not finished, but there is {found[-1]}" if found else ""
+        raise UserError(f"lora: no {WEIGHTS} in {name}{hint}")
+    return folder
+
+
+def settings_of(folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """The LoRA's config.yaml, where there is one, with what the command line says of the base model."""
+    settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    if config.pretrained_model_name_or_path:  # whose revision and variant are its own
+        settings |= {"revision": None, "variant": None}
+    given = {key: getattr(config, key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+    return settings | {key: value for key, value in given.items() if value is not None}
+
+
+def output_path(folder: Path, config: ExportConfig) -> Path:
+    """Where to write. Raises UserError for a file with another suffix, or a folder that holds anything."""
+    if config.fuse:
+        output = Path(config.output) if config.output else folder / "fused"
+        if output.exists() and not (output.is_dir() and is_empty(output)):
+            raise UserError(f"output: {output} is not empty; choose another folder")
+        return output
+    output = Path(config.output) if config.output else folder / file_name(folder)
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise UserError(f"output: {output} is no .safetensors file (a folder is written with fuse: true)")
+    if output.resolve() == (folder / WEIGHTS).resolve():
+        raise UserError(f"output: {output} is the LoRA itself; choose another name")
+    return output
+
+
+def write_fused(
+    output: Path, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype
+) -> None:
+    """Writes the base pipeline with the LoRA in its weights, whole or not at all."""
+    base = settings.get("pretrained_model_name_or_path")
+    if base is None:
+        raise UserError("fuse needs pretrained_model_name_or_path: the LoRA's folder has no config.yaml that names it")
+    revision, variant = settings.get("revision"), settings.get("variant")
+    check_base(base, revision, state)
+    pipe = fused_pipeline(base, revision, variant, state, alpha, dtype)
+    with explain_write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, partial(save_pipeline, pipe))
+
+
+def told_by(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, int | None]:
+    """(what was trained, on how much: `training_facts`; the version that trained it; its step), as far as known.
+
+    A checkpoint's manifest says it. For an output folder that of its last checkpoint does, or else the model card.
+    """
+    is_checkpoint = (folder / "manifest.json").is_file()
+    run = folder.parent if is_checkpoint else folder
+    newest = [folder] if is_checkpoint else checkpoints(folder)[-1:]
+    manifest = read_manifest(newest[0]) if newest and not fault(newest[0]) else {}
+    card = (run / "README.md").read_text(encoding="utf-8") if (run / "README.md").is_file() else ""
+    made = re.search(r"^Made with (\S+) \(.*, version (\S+)\.$", card, re.M)
+    pairs = re.search(r"^\| data \| .*: ([\d,]+) decisive pairs \|$", card, re.M)
+    facts = {"method": made[1]} if made else {}
+    facts |= {"pairs": int(pairs[1].replace(",", ""))} if pairs else {}
+    version = manifest.get("version") or (made[2] if made else None)
+    step = manifest.get("step") if is_checkpoint else settings.get("max_train_steps")
+    return manifest.get("facts") or facts, version, step
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, by step."""
+    found = [c for c in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", c.name)]
+    return sorted(found, key=lambda c: int(c.name.rpartition("-")[2]))
+
+
+@contextmanager
+def explain_write_errors(output: Path) -> Iterator[None]:
+    """Turns what the system refuses inside the block into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the second wraps what the system said
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output: cannot write {output} ({reason})") from None
+
+
+if __name__ == "__main__":
+    run_program(main)

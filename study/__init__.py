@@ -1,0 +1,1 @@
+"""Experiments on the embedded default: which claims of the paper hold there."""

@@ -1,0 +1,88 @@
+"""A plan: which arms are trained with which seeds, and what they are judged on.
+
+    about: what the plan is to show
+    data: {rule: absolute_winners}              # keys of filter_pickapic.py, for all arms
+    prompts: heldout                            # heldout scenes, or search: training scenes with other noise
+    max_prompts: 88
+    seeds: [101, 102, 103, 104, 105]
+    steps: [35, 70, 110]                        # what is drawn of each run: these checkpoints, the last one the result
+    common: {lr_warmup_steps: 5}                # keys of the training scripts, for all arms
+    arms:
+      ncp_dpo: {config: configs/tiny_ncp_dpo.yaml}
+      dpo: {config: configs/tiny_dpo.yaml, learning_rate: 1.0e-3}
+      unfiltered: {config: configs/tiny_ncp_dpo.yaml, data: {rule: no_ties}}
+
+An arm is a training config, named by its last word's script, with keys changed; `steps` and `data` may differ by arm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ncp.common.config import read_yaml
+from ncp.common.errors import UserError
+
+SCRIPTS = ("dpo", "cpo", "sft")
+KEYS = {"about", "data", "prompts", "max_prompts", "seeds", "steps", "common", "arms"}
+
+
+@dataclass
+class Arm:
+    """A training config with changes. steps: of its checkpoints that are drawn; the run ends at the last."""
+
+    name: str
+    config: Path
+    steps: list[int]
+    data: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def script(self) -> str:
+        return f"train_ncp_{self.config.stem.rpartition('_')[2]}.py"
+
+
+@dataclass
+class Plan:
+    name: str
+    about: str
+    prompts: str
+    max_prompts: int
+    seeds: list[int]
+    arms: list[Arm]
+    output_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.name
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        return self.folder / "runs" / f"{arm.name}-{seed}"
+
+    def data_folder(self, arm: Arm) -> Path:
+        """Of the filtered dataset, which arms and plans with the same filter keys share."""
+        return self.output_dir / "data" / "-".join(f"{k}={v}" for k, v in sorted(arm.data.items()))
+
+
+def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
+    """Reads a plan. Raises UserError for an unknown or a missing key, and for an arm without a training config."""
+    content = read_yaml(path)
+    if unknown := sorted(set(content) - KEYS):
+        raise UserError(f"{path}: unknown key '{unknown[0]}'; expected some of: {', '.join(sorted(KEYS))}")
+    for key in ("about", "seeds", "steps", "arms"):
+        if not content.get(key):
+            raise UserError(f"{path}: '{key}' is missing or empty")
+    if (prompts := content.get("prompts", "heldout")) not in ("heldout", "search"):
+        raise UserError(f"{path}: prompts is {prompts!r}; expected heldout or search")
+    arms = []
+    for name, given in content["arms"].items():
+        keys = dict(given)
+        config = Path(keys.pop("config", ""))
+        if not config.is_file() or config.stem.rpartition("_")[2] not in SCRIPTS:
+            raise UserError(f"{path}: arm '{name}' needs config: one of configs/*_{{{','.join(SCRIPTS)}}}.yaml")
+        data = content.get("data", {"rule": "absolute_winners"}) | keys.pop("data", {})
+        steps = sorted(keys.pop("steps", content["steps"]))
+        arms.append(Arm(name, config, steps, data, content.get("common", {}) | keys))
+    count, seeds = content.get("max_prompts", 88), content["seeds"]
+    return Plan(path.stem, content["about"], prompts, count, seeds, arms, output_dir)

@@ -1,0 +1,184 @@
+"""Carries a plan out: filters, trains, draws and scores with the project's own programs, and writes one table.
+
+    python -m study.run study/plans/objectives.yaml
+
+Interrupted, the same command goes on: a run continues from its newest checkpoint, pictures and scores that are there
+stay. The table goes to study/results/PLAN.csv, one row per arm, seed and checkpoint, with the score of every prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from tqdm import tqdm
+
+from ncp.common.environment import environment
+from ncp.common.errors import UserError, run_program
+from ncp.common.files import write_text
+from ncp.common.processes import tied
+from study.plan import Arm, Plan, read_plan
+from tiny import world
+
+RESULTS = Path(__file__).parent / "results"
+JUDGES = ("overall", "appeal", "alignment")  # of tiny/oracle.py
+BASE = "base"
+
+
+def program(*arguments: object, log: Path) -> None:
+    """Runs one of the project's programs, its output in a log file. Raises UserError with the last line if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run(
+            tied([sys.executable, *arguments]),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+        )
+    if done.returncode:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"{arguments[0]} failed, see {log}: {' '.join(last)}")
+
+
+def as_arguments(keys: dict[str, Any]) -> list[str]:
+    """Keys and values as a command line: lists in YAML's form, null as null."""
+    written = {
+        k: yaml.safe_dump(v, default_flow_style=True, width=10**6).removesuffix("\n...\n") for k, v in keys.items()
+    }
+    return [text for key, value in written.items() for text in (f"--{key}", value.strip())]
+
+
+def prepare_data(plan: Plan, arm: Arm) -> Path:
+    """The arm's filtered dataset, made if it is not there."""
+    folder = plan.data_folder(arm)
+    if not (folder / "manifest.json").is_file():
+        keys = {**arm.data, "output_dir": str(folder)}
+        arguments = ["--config", "configs/tiny_filter.yaml", *as_arguments(keys)]
+        program("filter_pickapic.py", *arguments, log=plan.folder / "filter.log")
+    return folder
+
+
+def train(plan: Plan, arm: Arm, seed: int) -> None:
+    """Trains an arm with a seed, unless that is done."""
+    folder = plan.run_folder(arm, seed)
+    if (folder / "README.md").is_file():
+        return
+    spacing = int(np.gcd.reduce(arm.steps))
+    keys = {
+        **arm.changes,
+        "seed": seed,
+        "dataset_name": str(prepare_data(plan, arm)),
+        "output_dir": str(folder),
+        "max_train_steps": arm.steps[-1],
+        "checkpointing_steps": spacing,
+        "checkpoints_total_limit": None,
+        "resume_from_checkpoint": "auto",
+        "validation_prompts": [],
+        "report_to": "tensorboard",
+    }
+    program(arm.script, "--config", arm.config, *as_arguments(keys), log=plan.folder / "logs" / f"{folder.name}.log")
+
+
+def model_names(plan: Plan) -> dict[str, tuple[Arm, int, int]]:
+    """Arm, seed and step of each model that is drawn, by its name."""
+    return {
+        f"{arm.name}-{seed}-{step}": (arm, seed, step) for arm in plan.arms for seed in plan.seeds for step in arm.steps
+    }
+
+
+def search_prompts(plan: Plan) -> Path:
+    """Training scenes, evenly spaced, as a prompts file. Settings are chosen on them; held-out scenes stay unseen."""
+    scenes = world.split_scenes()[0]
+    chosen = [scenes[i * len(scenes) // plan.max_prompts] for i in range(plan.max_prompts)]
+    file = plan.folder / "search.txt"
+    write_text(file, "".join(f"{scene.prompt()}\n" for scene in chosen))
+    return file
+
+
+def evaluate(plan: Plan) -> Path:
+    """Draws and scores the base and every checkpoint of the plan; returns the score table."""
+    folder = plan.folder / "evaluation"
+    models = [f"{n}={plan.run_folder(a, s) / f'checkpoint-{k}'}" for n, (a, s, k) in model_names(plan).items()]
+    keys = {
+        "models": [BASE, *models],
+        "prompts": str(search_prompts(plan)) if plan.prompts == "search" else "tiny",
+        "max_prompts": plan.max_prompts,
+        "seed": 1 if plan.prompts == "search" else 0,
+        "output_dir": str(folder),
+    }
+    for step in ("generate", "score"):
+        arguments = ["--config", "configs/eval_tiny.yaml", *as_arguments(keys)]
+        program("evaluate.py", step, *arguments, log=plan.folder / "evaluate.log")
+    return folder / "scores.parquet"
+
+
+def training_seconds(checkpoint: Path) -> float:
+    return float(json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def heldout_drift(folder: Path, step: int) -> float | None:
+    """The last held-out winner drift of a run up to a step, from its TensorBoard log; None without held-out pairs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[int, float] = {}
+    for events in sorted(folder.glob("logs/**/events.*")):
+        log = EventAccumulator(str(events)).Reload()
+        if "heldout_winner_drift" in log.Tags()["scalars"]:
+            found |= {e.step: e.value for e in log.Scalars("heldout_winner_drift")}
+    until = [found[k] for k in sorted(found) if k <= step]
+    return until[-1] if until else None
+
+
+def write_results(plan: Plan, scores: Path, folder: Path) -> Path:
+    """FOLDER/PLAN.csv: arm, seed, step, seconds, drift, judge, then one column per prompt."""
+    rows = [r for r in pq.read_table(scores).to_pylist() if r["scorer"].removeprefix("oracle_") in JUDGES]
+    prompts = sorted({r["prompt_number"] for r in rows})
+    table = {(r["model"], r["scorer"], r["prompt_number"]): r["score"] for r in rows}
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["arm", "seed", "step", "seconds", "heldout_winner_drift", "judge", *prompts])
+    for name, entry in {BASE: None, **model_names(plan)}.items():
+        head: list[Any] = [BASE, "", 0, 0, ""]
+        if entry is not None:
+            arm, seed, step = entry
+            run = plan.run_folder(arm, seed)
+            drift = heldout_drift(run, step)
+            seconds = f"{training_seconds(run / f'checkpoint-{step}'):.1f}"
+            head = [arm.name, seed, step, seconds, "" if drift is None else f"{drift:.4f}"]
+        for judge in JUDGES:
+            writer.writerow([*head, judge, *(f"{table[name, f'oracle_{judge}', p]:.4f}" for p in prompts)])
+    path = folder / f"{plan.name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, buffer.getvalue())
+    write_text(path.with_suffix(".yaml"), yaml.safe_dump(environment(), sort_keys=False))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="for datasets, runs and pictures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    args = parser.parse_args()
+    plan = read_plan(args.plan, args.output_dir)
+    runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]  # every arm once before any twice
+    print(
+        f"{plan.about}: {len(plan.arms)} arms x {len(plan.seeds)} seeds, on {plan.max_prompts} {plan.prompts} prompts"
+    )
+    for arm, seed in tqdm(runs, desc="trained"):
+        train(plan, arm, seed)
+    print(f"wrote {write_results(plan, evaluate(plan), args.results)}; python -m study.report {plan.name} shows it")
+
+
+if __name__ == "__main__":
+    run_program(main)
