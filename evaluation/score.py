@@ -47,8 +47,9 @@ def score(config: EvaluationConfig) -> None:
             except UserError as error:  # told to all, so that no process waits for one that is gone
                 scored.append({"error": str(error)})
             gathered = gather_object(scored)
-            done += [r for r in gathered if "error" not in r]
-            if state.is_main_process:  # an interrupted run goes on from here, one that failed too
+            added = [r for r in gathered if "error" not in r]
+            done += added
+            if added and state.is_main_process:  # an interrupted run goes on from here, one that failed too
                 write_scores(config, done)
             if errors := [r["error"] for r in gathered if "error" in r]:
                 bar.close()

@@ -252,6 +252,10 @@ def test_what_will_not_pass_is_said_at_once(assets, out, server, fault, message)
     said = refused(score, assets, out, *at(server, "vlm", "--batch_size", "1"))
     assert said.startswith(f"scorer 'vlm': {server.url}: ") and message in said
     assert len(server.requests) == 1 and not scores_of(out, "vlm")
+    moved = ["--scorers", "vlm", "--endpoints", f"[vlm=another@{server.url}]"]  # nothing is noted of who did not judge
+    server.models, server.always = ("another",), None
+    score(configured(assets, out, *moved))
+    assert set(scores_of(out, "vlm").values()) == {1.0}
 
 
 def test_a_server_without_probabilities_is_no_vqascore(assets, out, server):
