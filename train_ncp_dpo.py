@@ -21,7 +21,7 @@ import torch
 
 from ncp.common.config import option, parse
 from ncp.common.errors import run_program
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
 from ncp.training.inputs import conditions, latents
@@ -51,17 +51,18 @@ def ncp_dpo(
     ddpm = models.scheduler
 
     x_t = add_noise(ddpm, x0, eps, t)  # eq. 1
-    eps_theta = to_epsilon(ddpm, unet(x_t, t, **c).sample, t, x_t)
+    out_theta = unet(x_t, t, **c).sample
     with torch.no_grad():
-        eps_ref = to_epsilon(ddpm, models.reference(x_t, t, **c).sample, t, x_t)
+        out_ref = models.reference(x_t, t, **c).sample
 
     if config.space == "latent":
-        loss_theta, loss_ref = latent_distance(eps_theta, eps), latent_distance(eps_ref, eps)  # eq. 3
+        loss_theta = latent_distance(to_epsilon(ddpm, out_theta, t, x_t), eps)  # eq. 3
+        loss_ref = latent_distance(to_epsilon(ddpm, out_ref, t, x_t), eps)
     else:
         t_prev = previous(t, config.k)  # t'
-        x_target = reverse_step(ddpm, eps, t, t_prev, x_t, z)  # eq. 2
-        x_theta = reverse_step(ddpm, eps_theta, t, t_prev, x_t, z)  # eq. 12
-        x_ref = reverse_step(ddpm, eps_ref, t, t_prev, x_t, z)
+        x_target = reverse_step(ddpm, x0, t, t_prev, x_t, z)  # eq. 2
+        x_theta = reverse_step(ddpm, to_x0(ddpm, out_theta, t, x_t), t, t_prev, x_t, z)  # eq. 12
+        x_ref = reverse_step(ddpm, to_x0(ddpm, out_ref, t, x_t), t, t_prev, x_t, z)
         f = partial(models.encoder, timestep=t_prev.clamp_min(0), **c)
         displacement = Displacement(f, x_target, models.secant, config.secant_length)  # x -> f(x) - f(x_target)
         d_ref = displacement(x_ref)

@@ -1,10 +1,15 @@
-"""Stable Diffusion 1.5 and SDXL with random weights, built where they are to run: nothing is downloaded or read.
+"""Stable Diffusion 1.5 and SDXL with random weights, built where they are to run: nothing is downloaded.
 
-The configurations are those of the published models (unet, vae, text_encoder and scheduler config.json).
+    python benchmarks/architectures.py sdxl FOLDER    # a pipeline folder of full size in float16, to try a run on
+
+The configurations are those of the published models (ncp/training/architectures). The tokenizer has bytes as tokens.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,92 +23,46 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ncp.training.pipeline import Description
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "steps_offset": 1,
-}
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-CLIP_L: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "max_position_embeddings": 77,
-    "bos_token_id": 512,
-    "eos_token_id": 513,
-    "pad_token_id": 513,
-}
-CLIP_BIG_G: dict[str, Any] = CLIP_L | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
-SD15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from ncp.training.pipeline import Description, scheduler_like
+from ncp.training.single_file import ARCHITECTURES
+
 NAMES = ("sd15", "sdxl")
+BYTES = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of `tokenizer`
 
 
 def description(name: str) -> Description:
     """What `ncp.training.pipeline.describe` would say of the published pipeline."""
-    vae = VAE | ({"scaling_factor": 0.13025, "force_upcast": True} if name == "sdxl" else {"scaling_factor": 0.18215})
-    texts = [CLIP_L, CLIP_BIG_G] if name == "sdxl" else [CLIP_L]
-    kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
-    return Description(kind, SDXL if name == "sdxl" else SD15, vae, SCHEDULER, texts)
+
+    def read(file: str) -> dict[str, Any]:
+        return json.loads((ARCHITECTURES / {"sd15": "sd1"}.get(name, name) / file).read_text())
+
+    texts = [f"text_encoder{suffix}/config.json" for suffix in ("", "_2")[: 1 + (name == "sdxl")]]
+    return Description(
+        StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline,
+        read("unet/config.json"),
+        read("vae/config.json"),
+        read("scheduler/scheduler_config.json"),
+        [read(text) | BYTES for text in texts],
+    )
 
 
 def unet(name: str, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    return _build(UNet2DConditionModel, SDXL if name == "sdxl" else SD15, dtype, device)
+    return _build(UNet2DConditionModel, description(name).unet, dtype, device)
 
 
-def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(**SCHEDULER)
+def scheduler(name: str) -> DDPMScheduler:
+    return scheduler_like(DDPMScheduler, description(name).scheduler)
 
 
 def pipe(name: str, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device) -> Any:
     """VAE, text encoders and tokenizers (bytes as tokens) in a pipeline without a U-Net."""
     described = description(name)
-    parts: dict[str, Any] = {"vae": _build(AutoencoderKL, described.vae, vae_dtype, device), "scheduler": scheduler()}
+    parts: dict[str, Any] = {
+        "vae": _build(AutoencoderKL, described.vae, vae_dtype, device),
+        "scheduler": scheduler(name),
+    }
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     for suffix, kind, settings in zip(("", "_2"), kinds, described.text_encoders, strict=False):
         parts[f"tokenizer{suffix}"] = tokenizer()
@@ -120,9 +79,9 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def _build(kind: type, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def _build(kind: Any, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     with _dtype(dtype), device:
-        return kind(**settings).eval().requires_grad_(False)
+        return kind.from_config(settings).eval().requires_grad_(False)
 
 
 class _dtype:
@@ -137,3 +96,18 @@ class _dtype:
 
     def __exit__(self, *_: object) -> None:
         torch.set_default_dtype(self.before)
+
+
+def main(name: str, folder: str) -> None:
+    """Writes a pipeline folder. The weights are as PyTorch and diffusers initialise them, from seed 0."""
+    torch.manual_seed(0)
+    dtype, cpu = torch.float16, torch.device("cpu")
+    made = pipe(name, dtype, dtype, cpu)
+    made.register_modules(unet=unet(name, dtype, cpu))
+    made.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in NAMES:
+        raise SystemExit(f"usage: architectures.py {'|'.join(NAMES)} FOLDER")
+    main(*sys.argv[1:])

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_ncp_dpo
 from ncp.common.config import parse
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.ddpm import add_noise, previous, reverse_step, to_x0
 from ncp.encoder import DownBlockEncoder
 from ncp.losses import dpo_loss, mean_square
 from ncp.training.engine import make_accelerator, make_optimizer
@@ -55,7 +55,7 @@ class Arm:
             pipe = None if self.kind == "cached" else load_pipe(config, description, self.accelerator)
         else:
             description = architectures.description(model)
-            unet, scheduler = architectures.unet(model, dtype, self.device), architectures.scheduler()
+            unet, scheduler = architectures.unet(model, dtype, self.device), architectures.scheduler(model)
             upcast = torch.float32 if model == "sdxl" else dtype
             pipe = None if self.kind == "cached" else architectures.pipe(model, dtype, upcast, self.device)
         if self.kind == "straightforward":
@@ -148,21 +148,21 @@ class Arm:
         x0, c = latents(m, batch), conditions(m, batch)
         t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
         x_t = add_noise(m.scheduler, x0, eps, t)
-        eps_theta = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+        x0_theta = to_x0(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
         m.unet.disable_adapters()
         with torch.no_grad(), self._phase("reference"):
             counted = self.times.get("policy", 0)
-            eps_ref = to_epsilon(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
+            x0_ref = to_x0(m.scheduler, unet(x_t, t, **c).sample, t, x_t)
             if self.by_phase:
                 self.times["policy"] = counted
         m.unet.enable_adapters()
         t_prev = previous(t, 1)
         f = partial(self.copy_encoder, timestep=t_prev, **c)
         with torch.no_grad():
-            target = f(reverse_step(m.scheduler, eps, t, t_prev, x_t, z)).float()
-        theta = f(reverse_step(m.scheduler, eps_theta, t, t_prev, x_t, z)).float()
+            target = f(reverse_step(m.scheduler, x0, t, t_prev, x_t, z)).float()
+        theta = f(reverse_step(m.scheduler, x0_theta, t, t_prev, x_t, z)).float()
         with torch.no_grad():
-            ref = f(reverse_step(m.scheduler, eps_ref, t, t_prev, x_t, z)).float()
+            ref = f(reverse_step(m.scheduler, x0_ref, t, t_prev, x_t, z)).float()
         loss_theta, loss_ref = mean_square(theta - target), mean_square(ref - target)
         (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
         return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta)

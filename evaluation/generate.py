@@ -20,6 +20,7 @@ from evaluation.models import (
     find_models,
     has_a_sampler_of_its_own,
     open_pipeline,
+    sampler,
 )
 from evaluation.processes import processes
 from evaluation.prompts import read_prompts
@@ -61,6 +62,7 @@ def generate(config: EvaluationConfig) -> None:
     prompts, repeated = read_prompts(config)
     base = find_base(config)
     models = find_models(config, base)
+    sampler(base, config)  # for what it refuses, before anything is written
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import EvaluationConfig, named_paths
-from evaluation.weight_files import SUFFIXES, kind_of_file, load_unet_state
+from evaluation.state_dicts import SUFFIXES, kind_of_file, load_unet_state, only_file, only_file_on_hub
 from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.common.files import sha256
@@ -77,7 +77,8 @@ def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
     """The model behind a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
     if place.is_file():
-        kind = kind_of_file(f"model '{name}'", place)
+        if (kind := kind_of_file(f"model '{name}'", place)) == "checkpoint":
+            return _in_one_file(name, path, config)
         return Model(name, kind, path, digest := sha256(place), parts={"weights": digest}, file=path)
     if not place.is_dir():
         if (match := re.fullmatch(HUB_FILE, path)) and place.suffix in SUFFIXES:
@@ -86,7 +87,7 @@ def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
             raise UserError(f"model '{name}': no such file or folder: {path}")
         return _on_hub(name, path, config.revision if path == config.pretrained_model_name_or_path else None)
     found = next((k for k, file in FILE_OF_KIND.items() if (place / file).is_file()), None)
-    if found is None and (only := _only_file(place)):
+    if found is None and (only := only_file(place)):
         return replace(find_model(name, str(only), config), path=path)
     if found is None:
         hint = "; name the run's checkpoints in runs" if list(place.glob("checkpoint-*")) else ""
@@ -104,6 +105,21 @@ def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
     from ncp.training.pipeline import identity
 
     return {**{k: v for k, v in base.parts.items() if k != "vae"}, "replacement VAE": identity(vae, None, "")}
+
+
+def _in_one_file(name: str, path: str, config: EvaluationConfig) -> Model:
+    """A whole checkpoint: known by the file, the tokenizers and the configs. Raises UserError for one of no use."""
+    from ncp.training import single_file  # here and below: it takes seconds, which not every step needs
+
+    place, given = Path(path), config.single_file_config
+    parts = {"checkpoint": sha256(place)}
+    for part in ("tokenizer", "tokenizer_2")[: 1 + (single_file.architecture(place) == "sdxl")]:
+        parts[part] = single_file.identity(place, given, part)
+    configs = single_file.configs_of(place, given)
+    used = sorted(f for part in single_file.PREFIXES["sdxl"] for f in configs.glob(f"{part}/*.json"))
+    parts["configs"] = hashlib.sha256("".join(f.parent.name + sha256(f) for f in used).encode()).hexdigest()
+    whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Model(name, "pipeline", path, whole, parts=parts)
 
 
 def changed_parts(now: dict[str, str], before: dict[str, str]) -> str:
@@ -135,22 +151,37 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     import torch
     import transformers
 
+    from ncp.training import single_file
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     base = config.pretrained_model_name_or_path
     name = model.path if model.kind == "pipeline" else base
     where = {"revision": config.revision if name == base else None, "variant": config.variant}
-    replacement = config.pretrained_vae_model_name_or_path
+    replacement, given = config.pretrained_vae_model_name_or_path, config.single_file_config
+    in_one = single_file.is_single_file(name)
     vae_from: dict[str, str | None] = {"pretrained_model_name_or_path": replacement or name}
     vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
-        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use.
-        parts = {"scheduler": sampler(model, config), "safety_checker": None}
-        upcast = diffusers.AutoencoderKL.load_config(**vae_from).get("force_upcast", True)  # AutoencoderKL's default
-        vae_dtype = torch.float32 if upcast else dtype
-        parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
+        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use. The
+        # feature extractor is the safety checker's; SD 1.5's files name it by a class that is no more.
+        parts = {"scheduler": sampler(model, config), "safety_checker": None, "feature_extractor": None}
+        if in_one and not replacement:
+            vae_config = single_file.read_json(Path(name), given, "vae/config.json")
+        else:
+            vae_config = diffusers.AutoencoderKL.load_config(**vae_from)
+        vae_dtype = torch.float32 if vae_config.get("force_upcast", True) else dtype  # AutoencoderKL's default
+        if in_one and not replacement:
+            parts["vae"] = single_file.load_part(Path(name), given, diffusers.AutoencoderKL, "vae", vae_dtype)
+        else:
+            parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
+        if in_one:
+            index = single_file.read_json(Path(name), given, "model_index.json")
+            kind = getattr(diffusers, index["_class_name"])
+            pipe = single_file.load_pipeline(Path(name), given, kind, dtype, **parts)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
         if model.kind == "unet state":
             load_unet_state(pipe.unet, Path(str(model.file)))
         elif "unet" in model.kind:
@@ -176,10 +207,10 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     """
     import diffusers
 
-    from ncp.training.pipeline import read_json, scheduler_like
+    from ncp.training.pipeline import check_prediction, read_json, read_schedule, scheduler_like
 
     base = config.pretrained_model_name_or_path
-    settings = read_json(base, SCHEDULER, config.revision)
+    settings, _ = read_schedule(config)
     if config.scheduler == "pipeline":
         changes: dict[str, Any] = {}
         cls = getattr(diffusers, str(settings.get("_class_name")), None)
@@ -193,8 +224,9 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
             "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
         }[config.scheduler]
     if model.kind == "pipeline" and model.path != base:
-        own = read_json(model.path, SCHEDULER, None)
+        own = read_json(model.path, SCHEDULER, None, config.single_file_config)
         settings = sampler_settings(settings) | {k: v for k, v in own.items() if k in SCHEDULE}
+    check_prediction(model.path, settings)
     return scheduler_like(cls, settings, **changes)
 
 
@@ -210,7 +242,8 @@ def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
     base = config.pretrained_model_name_or_path
     if model.kind != "pipeline" or model.path == base:
         return False
-    own, bases = read_json(model.path, SCHEDULER, None), read_json(base, SCHEDULER, config.revision)
+    own = read_json(model.path, SCHEDULER, None, config.single_file_config)
+    bases = read_json(base, SCHEDULER, config.revision, config.single_file_config)
     return sampler_settings(own) != sampler_settings(bases)
 
 
@@ -265,27 +298,9 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
             return Model(name, kind, repository, commit, parts={"commit": commit})
         reason = hub.reason(failure)
         raise UserError(f"model '{name}': {repository} is no local folder; the hub gave no {file}: {reason}") from None
-    if only := _only_weights_on_hub(repository, revision):  # such as a LoRA under its own name
+    if only := only_file_on_hub(repository, revision):  # such as a LoRA under its own name
         return _file_on_hub(name, repository, repository, only)
     raise UserError(f"model '{name}': the hub's {repository} holds neither a pipeline, nor {LORA}, nor a U-Net")
-
-
-def _only_weights_on_hub(repository: str, revision: str | None) -> str | None:
-    """The one weight file at the top of a repository; None if there is another number, or no list of files."""
-    from huggingface_hub import list_repo_files
-
-    try:
-        names = list_repo_files(repository, revision=revision)
-    except Exception:  # offline, for one: the message about what was looked for says enough
-        return None
-    weights = [n for n in names if "/" not in n and Path(n).suffix in SUFFIXES]
-    return weights[0] if len(weights) == 1 else None
-
-
-def _only_file(folder: Path) -> Path | None:
-    """The one weight file of a folder without a config, such as a LoRA under its own name; None if there is none."""
-    files = [f for f in sorted(folder.glob("*")) if f.is_file() and f.suffix in SUFFIXES]
-    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
 
 
 def _file_on_hub(name: str, path: str, repository: str, file: str) -> Model:
@@ -299,7 +314,8 @@ def _file_on_hub(name: str, path: str, repository: str, file: str) -> Model:
             f"model '{name}': no such file: {path}; nor did the hub's {repository} give {file}: {hub.reason(error)}"
         ) from None
     commit = hub.commit_of(place)
-    kind = kind_of_file(f"model '{name}'", place)
+    if (kind := kind_of_file(f"model '{name}'", place)) == "checkpoint":
+        raise UserError(f"model '{name}': {path} is a whole checkpoint in one file; download it and give its path here")
     return Model(name, kind, path, commit, parts={"commit": commit, "file": file}, file=str(place))
 
 

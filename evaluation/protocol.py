@@ -16,6 +16,8 @@ PROTOCOL = (
     "pretrained_model_name_or_path",
     "revision",
     "variant",
+    "prediction_type",
+    "rescale_betas_zero_snr",
     "pretrained_vae_model_name_or_path",
     "seed",
     "scheduler",
@@ -48,7 +50,24 @@ class EvaluationConfig:
     """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
 
     pretrained_model_name_or_path: str = option(
-        group="models", doc="base pipeline, of Stable Diffusion's or SDXL's architecture: diffusers folder or hub id"
+        group="models",
+        doc="base pipeline, of Stable Diffusion's or SDXL's architecture: diffusers folder, hub id, or .safetensors "
+        "checkpoint as on Civitai",
+    )
+    single_file_config: str | None = option(
+        None,
+        doc="for such checkpoints: diffusers pipeline folder or hub id whose configs and tokenizers fit; null: those "
+        "of SD 1.x, SD 2.x or SDXL, and CLIP's tokenizer from the hub",
+    )
+    prediction_type: str | None = option(
+        None,
+        choices=("epsilon", "v_prediction", "sample"),
+        doc="what the base's U-Net predicts; null: what its scheduler's config or its file says",
+    )
+    rescale_betas_zero_snr: bool | None = option(
+        None,
+        doc="whether the base's noise schedule has zero terminal SNR; null: what its scheduler's config or its file "
+        "says",
     )
     revision: str | None = option(
         None, doc="branch, tag or commit of the base pipeline, if it is a hub id; null: the main branch"
@@ -64,8 +83,8 @@ class EvaluationConfig:
     models: list[str] = option(
         ["base"],
         doc="models to compare: base (the base pipeline), and NAME=PATH for each other, where PATH is a folder or hub "
-        "id of a LoRA, a U-Net or a pipeline, or a file (on the hub OWNER/NAME/FILE) of a LoRA or a U-Net's weights. "
-        "The first one is the reference",
+        "id of a LoRA, a U-Net or a pipeline, or a file (on the hub OWNER/NAME/FILE) of a LoRA, of a U-Net's weights "
+        "or, here, of a whole checkpoint. The first one is the reference",
     )
     runs: list[str] = option(
         [],

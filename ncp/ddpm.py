@@ -2,7 +2,7 @@
 
 Tensors are named as in the paper: `x_t` (B, C, H, W) is a noised latent, `eps` its noise, `abar` the
 scheduler's `alphas_cumprod`. Timesteps are (B,) int64 in [0, T-1]; a previous timestep of -1 stands
-for the clean sample, where abar = 1.
+for the clean sample, where abar = 1. With zero terminal SNR abar is 0 at t = T-1, where x_t is the noise itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
@@ -27,40 +27,86 @@ def previous(timestep: torch.Tensor, k: int | None) -> torch.Tensor:
     return torch.full_like(timestep, -1) if k is None else timestep - k
 
 
+def to_x0(
+    scheduler: DDPMScheduler, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """The clean sample (B, C, H, W) float32 that a model output at `sample` = x_t stands for.
+
+        epsilon        (x_t - sqrt(1 - abar) eps) / sqrt(abar)
+        v_prediction   sqrt(abar) x_t - sqrt(1 - abar) v,   v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
+        sample         the output itself
+
+    The last two are finite at abar = 0. Raises ValueError for other types.
+    """
+    kind, a, b = _kind_and_roots(scheduler, timestep)
+    if kind == "epsilon":
+        return (sample.float() - b * model_output.float()) / a
+    if kind == "v_prediction":
+        return a * sample.float() - b * model_output.float()
+    return model_output.float()
+
+
 def to_epsilon(
     scheduler: DDPMScheduler, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The noise prediction (B, C, H, W) float32 that a model output stands for.
+    """The noise prediction (B, C, H, W) float32 that a model output at `sample` = x_t stands for, as eq. 3 compares it.
 
-    epsilon: the output itself. v_prediction: v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022),
-    hence eps = sqrt(abar) v + sqrt(1 - abar) x_t. `sample` is x_t. Raises ValueError for other types.
+        epsilon        the output itself
+        v_prediction   sqrt(abar) v + sqrt(1 - abar) x_t
+        sample         (x_t - sqrt(abar) x0) / sqrt(1 - abar),   which needs t > 0 where abar is 1 at t = 0
+
+    The error of the noise is sqrt(abar) times that of v. At abar = 0 it is x_t whatever the model says: x_t is the
+    noise, so there is nothing to predict, and eq. 3 is 0 there with no gradient. Raises ValueError for other types.
     """
-    kind = scheduler.config.prediction_type
+    kind, a, b = _kind_and_roots(scheduler, timestep)
     if kind == "epsilon":
         return model_output.float()
     if kind == "v_prediction":
-        abar = abar_at(scheduler, timestep)
-        return (abar.sqrt() * model_output + (1 - abar).sqrt() * sample).float()
-    raise ValueError(f"prediction_type {kind!r} is not supported; expected one of {', '.join(PREDICTION_TYPES)}")
+        return a * model_output.float() + b * sample.float()
+    return (sample.float() - a * model_output.float()) / b
+
+
+def _kind_and_roots(scheduler: DDPMScheduler, timestep: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """The prediction type, sqrt(abar) and sqrt(1 - abar), (B, 1, 1, 1) float32. Raises ValueError for other types."""
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type {kind!r} is not supported; expected one of {', '.join(PREDICTION_TYPES)}")
+    abar = abar_at(scheduler, timestep)
+    return kind, abar.sqrt().float(), (1 - abar).sqrt().float()
 
 
 def reverse_step(
     scheduler: DDPMScheduler,
-    noise_pred: torch.Tensor,
+    x0: torch.Tensor,
     timestep: torch.Tensor,
     prev_timestep: torch.Tensor,
     sample: torch.Tensor,
     variance_noise: torch.Tensor,
 ) -> torch.Tensor:
-    """x_{t'} of eq. 2 and 12: one DDPM step from `sample` = x_t with the noise `noise_pred`, (B, C, H, W) float32.
+    """x_{t'} of eq. 2 and 12: one DDPM step from `sample` = x_t towards `x0`, (B, C, H, W) float32.
+
+    With the noise eps that `x0` stands for in x_t (`to_x0`), it is the paper's step,
 
         x_t' = (x_t - (1 - alpha) / sqrt(1 - abar_t) * eps) / sqrt(alpha) + sigma z,   alpha = abar_t / abar_t'
+
+    written as the mean of q(x_t' | x_t, x0) (Ho et al., eq. 7), which is finite at abar_t = 0 too:
+
+        x_t' = sqrt(abar_t') (1 - alpha) / (1 - abar_t) x0 + sqrt(alpha) (1 - abar_t') / (1 - abar_t) x_t + sigma z
 
     The paper prints 1 - alpha_t under the root in eq. 12; DDPM and its eq. 2 have 1 - abar_t, used here.
     For t' = t - k the posterior is the one between t and t - k; t' = -1 gives the clean sample, without noise.
     sigma follows the scheduler's `variance_type`. Like the equation, and unlike `DDPMScheduler.step` with
     `clip_sample` on, it clips nothing. Raises ValueError for a learned variance.
     """
+    # The coefficients in float64 (1 - alpha cancels), the images in float32.
+    on_x0, on_x_t, sigma = (c.float() for c in posterior(scheduler, timestep, prev_timestep))
+    return on_x0 * x0.float() + on_x_t * sample.float() + sigma * variance_noise.float()
+
+
+def posterior(
+    scheduler: DDPMScheduler, timestep: torch.Tensor, prev_timestep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The coefficients of x0 and x_t in the mean of q(x_t' | x_t, x0), and sigma, (B, 1, 1, 1) float64 each."""
     abar_t, abar_prev = abar_at(scheduler, timestep), abar_at(scheduler, prev_timestep)
     alpha = abar_t / abar_prev
     kind = scheduler.config.variance_type
@@ -70,10 +116,9 @@ def reverse_step(
         variance = torch.where(prev_timestep.view(-1, 1, 1, 1) < 0, 0.0, 1 - alpha)
     else:
         raise ValueError(f"variance_type {kind!r} is not supported; expected one of {', '.join(VARIANCE_TYPES)}")
-    # The three coefficients in float64 (1 - alpha cancels), the images in float32.
-    on_eps = ((1 - alpha) / (alpha * (1 - abar_t)).sqrt()).float()
-    mean = sample.float() * alpha.rsqrt().float() - on_eps * noise_pred.float()
-    return mean + variance.sqrt().float() * variance_noise.float()
+    on_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar_t)
+    on_x_t = alpha.sqrt() * (1 - abar_prev) / (1 - abar_t)
+    return on_x0, on_x_t, variance.sqrt()
 
 
 def abar_at(scheduler: DDPMScheduler, timestep: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from pipelines import scheduler
 
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 
 T = 1000
 
@@ -30,7 +30,7 @@ def test_reverse_step_agrees_with_a_loop_over_the_scheduler(variance_type, k):
         z.append(randn_tensor((1, 4, 8, 8), generator=torch.Generator().manual_seed(i)))
         out = s.step(eps[i : i + 1], step, x_t[i : i + 1], generator=torch.Generator().manual_seed(i))
         expected.append(out.prev_sample)
-    got = reverse_step(s, eps, t, previous(t, k), x_t, torch.cat(z))
+    got = reverse_step(s, to_x0(s, eps, t, x_t), t, previous(t, k), x_t, torch.cat(z))
     torch.testing.assert_close(got, torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
@@ -48,8 +48,10 @@ def test_true_noise_lands_on_the_forward_process():
     on_eps = alpha.sqrt() * (1 - b) / (1 - a).sqrt()
     sigma = ((1 - b) / (1 - a) * (1 - alpha)).sqrt()
     expected = b.sqrt() * x0 + on_eps * eps + sigma * z
-    got = reverse_step(s, eps, t, t - 1, add_noise(s, x0, eps, t), z)
-    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
+    x_t = add_noise(s, x0, eps, t)
+    for clean in (x0, to_x0(s, eps, t, x_t)):
+        got = reverse_step(s, clean, t, t - 1, x_t, z)
+        torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(on_eps**2 + sigma**2, 1 - b)
 
 
@@ -59,7 +61,7 @@ def test_difference_of_two_steps_is_k_t_times_the_difference_of_noises():
     t = torch.arange(1, T)
     x0, eps, z = draws(len(t))
     x_t, other = add_noise(s, x0, eps, t), eps + 1
-    difference = reverse_step(s, other, t, t - 1, x_t, z) - reverse_step(s, eps, t, t - 1, x_t, z)
+    difference = reverse_step(s, to_x0(s, other, t, x_t), t, t - 1, x_t, z) - reverse_step(s, x0, t, t - 1, x_t, z)
     k_t = -difference.mean((1, 2, 3))
     assert k_t.min() == pytest.approx(0.0041, abs=5e-5)
     assert k_t.max() == pytest.approx(0.0207, abs=5e-5)
@@ -69,7 +71,8 @@ def test_minus_one_is_the_clean_sample_without_noise():
     s = scheduler()
     t = torch.tensor([1, 500, 999])
     x0, eps, z = draws(3)
-    got = reverse_step(s, eps, t, previous(t, None), add_noise(s, x0, eps, t), z)
+    x_t = add_noise(s, x0, eps, t)
+    got = reverse_step(s, to_x0(s, eps, t, x_t), t, previous(t, None), x_t, z)
     torch.testing.assert_close(got, x0, atol=1e-4, rtol=0)
 
 
@@ -78,9 +81,10 @@ def test_arithmetic_is_float32_whatever_comes_in(dtype):
     s = scheduler()
     t = torch.tensor([1, 20, 500, 999])
     x_t, eps, z = (v.to(dtype) for v in draws(4))
-    got = reverse_step(s, eps, t, t - 1, x_t, z)
+    got = reverse_step(s, to_x0(s, eps, t, x_t), t, t - 1, x_t, z)
     assert got.dtype == torch.float32
-    assert torch.equal(got, reverse_step(s, eps.float(), t, t - 1, x_t.float(), z.float()))
+    clean = to_x0(s, eps.float(), t, x_t.float())
+    assert torch.equal(got, reverse_step(s, clean, t, t - 1, x_t.float(), z.float()))
     # A step of at most 0.0207 eps survives; in the input's own dtype most of it would round away.
     assert add_noise(s, x_t, eps, t).dtype == torch.float32
 
@@ -94,20 +98,11 @@ def test_noise_is_added_at_the_first_timesteps_even_to_bfloat16():
     torch.testing.assert_close(added, (1 - s.alphas_cumprod[t]).sqrt() * eps.std(dim=(1, 2, 3)), rtol=0.01, atol=0)
 
 
-def test_v_prediction_converts_to_the_noise():
-    # v = sqrt(abar) eps - sqrt(1 - abar) x0, so sqrt(abar) v + sqrt(1 - abar) x_t = (abar + 1 - abar) eps.
-    s = scheduler(prediction_type="v_prediction")
-    t = torch.tensor([0, 1, 300, 999])
-    x0, eps, _ = draws(4)
-    v = s.get_velocity(x0, eps, t)
-    torch.testing.assert_close(to_epsilon(s, v, t, add_noise(s, x0, eps, t)), eps, atol=1e-5, rtol=1e-5)
-    assert torch.equal(to_epsilon(scheduler(), v, t, x0), v)
-
-
 def test_what_the_method_cannot_use_is_refused():
     x, eps, z = draws(1)
     t = torch.tensor([5])
-    with pytest.raises(ValueError, match="prediction_type 'sample'"):
-        to_epsilon(scheduler(prediction_type="sample"), eps, t, x)
+    for convert in (to_epsilon, to_x0):
+        with pytest.raises(ValueError, match="prediction_type 'flow_prediction'"):
+            convert(scheduler(prediction_type="flow_prediction"), eps, t, x)
     with pytest.raises(ValueError, match="variance_type 'learned'"):
-        reverse_step(scheduler(variance_type="learned"), eps, t, t - 1, x, z)
+        reverse_step(scheduler(variance_type="learned"), x, t, t - 1, x, z)

@@ -77,6 +77,7 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(assets, drawn, tmp_
 
 VALUES = {
     "pretrained_model_name_or_path": ["{}/xl"],
+    "prediction_type": ["v_prediction", "sample"],
     "pretrained_vae_model_name_or_path": ["{}/vae"],
     "seed": ["1"],
     "scheduler": [s for s in SCHEDULERS if s != "ddim"],
@@ -93,6 +94,7 @@ def test_every_value_of_the_protocol_draws_another_image(assets, tmp_path):
     other_weights(assets / "vae" / "diffusion_pytorch_model.safetensors")
     tried = [[], *([f"--{key}", v.format(assets)] for key, values in VALUES.items() for v in values)]
     tried.append(["--pretrained_model_name_or_path", str(assets / "xl"), "--mixed_precision", "bf16"])
+    tried.append(["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "true"])
     drawn = {}
     for extra in tried:
         out = tmp_path / str(len(drawn))
@@ -104,7 +106,7 @@ def test_every_value_of_the_protocol_draws_another_image(assets, tmp_path):
     for (one, first), (other, second) in itertools.combinations(drawn.items(), 2):
         assert first.shape != second.shape or (first != second).any(), (one, other)
     # The others decide which files are read: test_a_variant_of_the_weights_is_read, and the tests of the hub.
-    assert VALUES.keys() == set(PROTOCOL) - {"revision", "variant"}
+    assert VALUES.keys() == set(PROTOCOL) - {"revision", "variant", "rescale_betas_zero_snr"}
 
 
 def test_an_image_says_what_it_is_and_the_index_lists_it(assets, drawn):

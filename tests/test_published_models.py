@@ -121,6 +121,16 @@ class Evil:
         return os.mkdir, (str(self.place),)
 
 
+def test_a_whole_checkpoint_on_the_hub_is_to_be_downloaded_first(assets, tmp_path, monkeypatch):
+    file = tmp_path / "sdxl.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: file)
+    said = refused(generate, assets, tmp_path / "out", "--models", "[x=me/models/sdxl.safetensors]")
+    assert said == (
+        "model 'x': me/models/sdxl.safetensors is a whole checkpoint in one file; download it and give its path here"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -133,8 +143,8 @@ class Evil:
         ("unet.pth", {"text_model.x": torch.ones(1)},
          "holds the weights neither of a LoRA nor of a diffusers U-Net, but text_model.x"),
         ("lora.bin", {"unet.x.lora_A.weight": torch.ones(1)}, "is a LoRA in a pickle; expected one as .safetensors"),
-        ("sdxl.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)},
-         "is a whole checkpoint in one file; expected a diffusers folder of it"),
+        ("sdxl.ckpt.pt", {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)},
+         "is a whole checkpoint in a pickle; expected one as .safetensors"),
         ("x.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "nor of a diffusers U-Net, but no tensors"),
         ("x.safetensors", b"cut", "is not readable as safetensors"),
         ("notes.txt", b"", "is no file of weights; expected one of .safetensors, .pth, .pt, .bin"),

@@ -35,8 +35,8 @@ def test_runs_killed_anywhere_end_as_if_they_had_not_been():
 
 def test_every_key_is_mathematics_or_may_change():
     mathematics = {
-        "revision", "variant", "dataset_split", "max_train_samples", "heldout_pairs", "resolution", "center_crop",
-        "random_flip", "time_ids", "proportion_empty_prompts", "space", "encoder_blocks", "timestep_offset", "secant",
+        "revision", "variant", "prediction_type", "rescale_betas_zero_snr", "dataset_split", "max_train_samples",
+        "heldout_pairs", "resolution", "center_crop", "random_flip", "time_ids", "proportion_empty_prompts", "space", "encoder_blocks", "timestep_offset", "secant",
         "secant_length", "beta", "lam", "loss_weight", "seed", "learning_rate", "scale_lr", "lr_warmup_steps",
         "use_8bit_adam",
         "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision",

@@ -239,9 +239,9 @@ BAD = {
     "fp16 without a GPU": (lambda a, t: ["--mixed_precision", "fp16"], "needs a GPU"),
     "tracker": (lambda a, t: ["--report_to", "notebook"], "report_to is 'notebook'"),
     "tracker that is not installed": (lambda a, t: ["--report_to", "swanlab"], "which is not installed"),
-    "sample prediction": (
-        lambda a, t: altered(a, t, SCHEDULER, '"prediction_type": "epsilon"', '"prediction_type": "sample"'),
-        "prediction_type 'sample'; expected one of: epsilon, v_prediction",
+    "another prediction": (
+        lambda a, t: altered(a, t, SCHEDULER, '"prediction_type": "epsilon"', '"prediction_type": "flow"'),
+        "prediction_type 'flow'; expected one of: epsilon, v_prediction, sample",
     ),
     "zero terminal SNR": (
         lambda a, t: altered(a, t, SCHEDULER, '"rescale_betas_zero_snr": false', '"rescale_betas_zero_snr": true'),

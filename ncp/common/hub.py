@@ -20,6 +20,26 @@ def file_of(name: str, file: str, revision: str | None) -> Path:
         raise UserError(f"model '{name}' is no local folder, and the hub gave no {file}: {reason(error)}") from None
 
 
+def configs_of(name: str) -> Path:
+    """A model repository's JSON and text files, that is its configs and tokenizers, as a folder. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt"]))
+    except Exception as error:  # as above, and a name that is no id
+        raise UserError(f"'{name}' is no local folder, and the hub gave no configs: {reason(error)}") from None
+
+
+def files_of(name: str, revision: str | None) -> list[str] | None:
+    """The names of a model repository's files; None if the hub does not say (it may be out of reach, a copy local)."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name, revision=revision)
+    except Exception:  # many kinds; whatever is wrong shows again when a file is asked for
+        return None
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Turns a failure to load a model's parts inside the block, local or from the hub, into a UserError."""

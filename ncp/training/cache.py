@@ -40,10 +40,11 @@ INDEX_COLUMNS = {"images": "uid", "prompts": "prompt"}
 def fingerprint(config: TrainingConfig, description: Description) -> dict[str, Any]:
     """What the content of a cache depends on, beside the dataset. Reads no whole weight file."""
     name, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
+    given = config.single_file_config
     texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")[: 4 if description.is_xl else 2]
     return {
-        "vae": identity(vae, None, "") if vae else identity(name, config.revision, "vae"),
-        **{part: identity(name, config.revision, part) for part in texts},
+        "vae": identity(vae, None, "") if vae else identity(name, config.revision, "vae", given),
+        **{part: identity(name, config.revision, part, given) for part in texts},
         "variant": config.variant,
         "mixed_precision": config.mixed_precision,
         "resolution": config.resolution,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -24,6 +25,7 @@ from peft import LoraConfig
 
 from ncp.common import hub
 from ncp.encoder import DownBlockEncoder, frozen_twin, precision_of_f
+from ncp.training import single_file
 from ncp.training.pipeline import DTYPES, Description, scheduler_like
 from ncp.training.settings import TrainingConfig
 
@@ -64,9 +66,9 @@ def load_models(config: TrainingConfig, description: Description, accelerator: A
     """
     diffusers.utils.logging.disable_progress_bar()
     name = config.pretrained_model_name_or_path
-    where = {"revision": config.revision, "variant": config.variant, "dtype": DTYPES[accelerator.mixed_precision]}
     with hub.loading(name):
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **where).to(accelerator.device)
+        unet = load_part(config, UNet2DConditionModel, "unet", DTYPES[accelerator.mixed_precision])
+    unet.to(accelerator.device)
     pipe = load_pipe(config, description, accelerator) if config.cached_latents is None else None
     scheduler = scheduler_like(DDPMScheduler, description.scheduler)
     return assemble(config, description, unet, scheduler, pipe, accelerator)
@@ -111,22 +113,38 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
     )
 
 
+def load_part(config: TrainingConfig, kind: Any, part: str, dtype: torch.dtype) -> Any:
+    """The U-Net or the VAE of the model, of class `kind`."""
+    name = config.pretrained_model_name_or_path
+    if single_file.is_single_file(name):
+        return single_file.load_part(Path(name), config.single_file_config, kind, part, dtype)
+    where = {"revision": config.revision, "variant": config.variant}
+    return kind.from_pretrained(name, subfolder=part, dtype=dtype, use_safetensors=True, **where)
+
+
 def load_pipe(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Any:
     """The pipeline but for its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     name, dtype = config.pretrained_model_name_or_path, DTYPES[accelerator.mixed_precision]
-    where = {"revision": config.revision, "variant": config.variant, "dtype": dtype}
     vae_name, vae_dtype = config.pretrained_vae_model_name_or_path, description.vae_dtype(dtype)
-    extra = {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+    # Not loaded, the first also because SD 1.5's files name it by a class that transformers no longer has.
+    extra: dict[str, Any] = {"feature_extractor": None}
+    extra |= {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
     extra["scheduler"] = scheduler_like(DDIMScheduler, description.scheduler)
     with hub.loading(vae_name or name):
         if vae_name:
-            vae = AutoencoderKL.from_pretrained(vae_name, dtype=vae_dtype)
+            vae = AutoencoderKL.from_pretrained(vae_name, dtype=vae_dtype, use_safetensors=True)
         else:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **{**where, "dtype": vae_dtype})
+            vae = load_part(config, AutoencoderKL, "vae", vae_dtype)
+    extra |= {"unet": None, "vae": None}
     with hub.loading(name):
-        pipe = description.pipeline.from_pretrained(name, unet=None, vae=None, **extra, **where)
+        if single_file.is_single_file(name):
+            path, kind = Path(name), description.pipeline
+            pipe = single_file.load_pipeline(path, config.single_file_config, kind, dtype, **extra)
+        else:
+            where = {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
+            pipe = description.pipeline.from_pretrained(name, dtype=dtype, **extra, **where)
     pipe.register_modules(vae=vae)
     pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipe.set_progress_bar_config(disable=True)

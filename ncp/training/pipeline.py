@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,31 @@ from ncp.common.errors import UserError
 from ncp.common.files import sampled_sha256
 from ncp.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from ncp.encoder import normalize_block
+from ncp.training import single_file
 from ncp.training.settings import TrainingConfig
+from ncp.training.weight_files import check_weights
 
+SCHEDULER = "scheduler/scheduler_config.json"
+FEW_STEPS = re.compile("turbo|lightning|hyper|lcm|dmd", re.IGNORECASE)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
 
 
 @dataclass
 class Description:
-    """What a pipeline folder says of itself: component configs, read without loading a weight."""
+    """What a pipeline says of itself: component configs, read without loading a weight.
+
+    `scheduler` is as the run uses it: with this run's `prediction_type` and `rescale_betas_zero_snr`, if it has any.
+    said: what says what the U-Net predicts. notes: what to tell the user, a line each.
+    """
 
     pipeline: Any  # its class
     unet: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     text_encoders: list[dict[str, Any]]
+    said: str = "as its scheduler's config says"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_xl(self) -> bool:
@@ -53,6 +64,12 @@ class Description:
     def num_timesteps(self) -> int:
         return self.scheduler.get("num_train_timesteps", 1000)
 
+    @property
+    def prediction(self) -> str:
+        """What the U-Net predicts, in words."""
+        zero = " with zero terminal SNR" if self.scheduler.get("rescale_betas_zero_snr") else ""
+        return f"{self.scheduler.get('prediction_type', 'epsilon')}{zero}, {self.said}"
+
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the VAE where the rest is in `dtype`: float32 if its config asks for it, as SDXL's own overflows in fp16.
 
@@ -63,18 +80,25 @@ class Description:
 
 def describe(config: TrainingConfig) -> Description:
     """Reads and checks a pipeline's JSON. Raises UserError for one that is missing or that the method cannot use."""
-    name = config.pretrained_model_name_or_path
-    index = read_json(name, "model_index.json", config.revision)
+    name, vae_name = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
+
+    def read(file: str) -> dict[str, Any]:
+        return read_json(name, file, config.revision, config.single_file_config)
+
+    index = read("model_index.json")
+    if (index.get("text_encoder_2") and not (index.get("text_encoder") or [None])[0]) or index.get(
+        "requires_aesthetics_score"
+    ):
+        raise UserError(f"{name} is SDXL's refiner, which finishes another model's images; fine-tune the base")
     parts = {"unet", "vae", "scheduler", "text_encoder", "tokenizer"}
     if missing := sorted(p for p in parts if not index.get(p) or not index[p][0]):
         raise UserError(f"{name}: the pipeline has no {', '.join(missing)}; expected Stable Diffusion 1.x/2.x or SDXL")
     pipeline = StableDiffusionXLPipeline if index.get("text_encoder_2", [None])[0] else StableDiffusionPipeline
-    unet = read_json(name, "unet/config.json", config.revision)
-    scheduler = read_json(name, "scheduler/scheduler_config.json", config.revision)
+    unet = read("unet/config.json")
+    scheduler, said = read_schedule(config)
     texts = ["text_encoder", "text_encoder_2"][: 2 if pipeline is StableDiffusionXLPipeline else 1]
-    text_encoders = [read_json(name, f"{text}/config.json", config.revision) for text in texts]
-    vae_name = config.pretrained_vae_model_name_or_path
-    vae = read_json(vae_name, "config.json", None) if vae_name else read_json(name, "vae/config.json", config.revision)
+    text_encoders = [read(f"{text}/config.json") for text in texts]
+    vae = read_json(vae_name, "config.json", None) if vae_name else read("vae/config.json")
 
     if index["unet"][1] != "UNet2DConditionModel":
         raise UserError(f"{name}: the denoiser is a {index['unet'][1]}; the method needs a UNet2DConditionModel")
@@ -83,18 +107,14 @@ def describe(config: TrainingConfig) -> Description:
             f"{name}: the U-Net takes {unet['in_channels']} channels and the VAE gives {vae['latent_channels']}; "
             "inpainting and other extra-input U-Nets are not supported"
         )
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
-    if "FlowMatch" in scheduler.get("_class_name", ""):
-        raise UserError(
-            f"{name}: {scheduler['_class_name']} is a flow-matching scheduler; the method needs a DDPM schedule"
-        )
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError(f"{name}: the scheduler has zero terminal SNR, where the reverse step divides by zero")
-    if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
-        raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
-    description = Description(pipeline, unet, vae, scheduler, text_encoders)
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(f"{name}: the U-Net takes the guidance scale as an input (LCM); fine-tune the model it is of")
+    inputs = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    if extra := [key for key in inputs if unet.get(key) is not None]:
+        raise UserError(f"{name}: the U-Net takes more than noise, time and text ({extra[0]}); expected SD or SDXL")
+    check_schedule(name, scheduler)
+    notes = guesses(config, scheduler)
+    description = Description(pipeline, unet, vae, scheduler, text_encoders, said, notes)
     if config.first_timestep >= description.num_timesteps:
         raise UserError(
             f"timestep_offset is {config.timestep_offset}; this schedule has {description.num_timesteps} timesteps"
@@ -111,15 +131,83 @@ def describe(config: TrainingConfig) -> Description:
     multiple = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % multiple:
         raise UserError(f"resolution is {config.resolution}; this VAE needs a multiple of {multiple}")
+    check_weights(config, texts)
     return description
 
 
-def read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
-    """A JSON file of a model folder or of a hub repository. Raises UserError if it is missing or is none."""
+def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
+    """The scheduler's config of a training's or an evaluation's base model, and what says what its U-Net predicts.
+
+    `prediction_type` and `rescale_betas_zero_snr` are the config's, where they are not null. Raises UserError if
+    nothing says them.
+    """
+    name, given = config.pretrained_model_name_or_path, config.single_file_config
+    scheduler = read_json(name, SCHEDULER, config.revision, given)
+    own = {"prediction_type": config.prediction_type, "rescale_betas_zero_snr": config.rescale_betas_zero_snr}
+    if own := {key: value for key, value in own.items() if value is not None}:
+        return scheduler | own, f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
+    if not single_file.is_single_file(name):
+        return scheduler, "as its scheduler's config says"
+    path = Path(name)
+    said = single_file.stated(path)[1]
+    if not said and given is None and single_file.architecture(path) == "sd2":
+        raise UserError(
+            f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: v_prediction "
+            "(the models of 768 pixels) or epsilon (the base models of 512)"
+        )
+    return scheduler, said or "as nothing says otherwise"
+
+
+def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
+    """Raises UserError for a noise schedule, or a prediction, that the method cannot use."""
+    if "FlowMatch" in (found := scheduler.get("_class_name", "")):
+        raise UserError(f"{name}: {found} is a flow-matching scheduler; the method needs a DDPM schedule")
+    if found.startswith("EDM"):
+        raise UserError(f"{name}: {found} has EDM's noise levels (Playground 2.5); the method needs a DDPM schedule")
+    check_prediction(name, scheduler)
+    if (variance := scheduler.get("variance_type") or "fixed_small") not in VARIANCE_TYPES:
+        raise UserError(f"{name}: scheduler variance_type '{variance}'; expected one of: {', '.join(VARIANCE_TYPES)}")
+
+
+def check_prediction(name: str, scheduler: dict[str, Any]) -> None:
+    """Raises UserError for what no U-Net of Stable Diffusion predicts, or not at this schedule's end."""
+    if (kind := scheduler.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+        raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
+    if kind == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{name}: zero terminal SNR with epsilon, which says nothing of the image where x_t is pure noise; set "
+            "prediction_type: v_prediction, or rescale_betas_zero_snr: false"
+        )
+
+
+def guesses(config: TrainingConfig, scheduler: dict[str, Any]) -> list[str]:
+    """What looks wrong but may be right, a line each."""
+    name = Path(config.pretrained_model_name_or_path).name
+    lines = []
+    few_steps = FEW_STEPS.search(name) or re.match("LCM|TCD", scheduler.get("_class_name", ""))
+    if few_steps:
+        lines.append(
+            f"looks like a model distilled to a few steps ('{few_steps[0]}'); this training's loss is not the one it "
+            "was distilled with, and may undo it"
+        )
+    if single_file.V_PREDICTION.search(name) and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        lines.append("its name says v-prediction; if it is right, set prediction_type: v_prediction")
+    if single_file.is_single_file(config.pretrained_model_name_or_path) and (config.revision or config.variant):
+        lines.append("revision and variant mean nothing to a single file")
+    return lines
+
+
+def read_json(name: str, file: str, revision: str | None, single_file_config: str | None = None) -> dict[str, Any]:
+    """A JSON file of a model folder, of a hub repository, or of what a single-file checkpoint stands for.
+
+    Raises UserError if it is missing or is none.
+    """
+    if single_file.is_single_file(name):
+        return single_file.read_json(Path(name), single_file_config, file)
     path = Path(name) / file
     if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UserError(f"no such model folder: {name}")
+            raise UserError(f"no such model file or folder: {name}")
         path = hub.file_of(name, file, revision)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -129,11 +217,13 @@ def read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
-def identity(name: str, revision: str | None, part: str) -> str:
-    """Which weights these are: a local folder by its content (sampled), a hub model by its commit.
+def identity(name: str, revision: str | None, part: str, single_file_config: str | None = None) -> str:
+    """Which weights these are: a local folder or file by its content (sampled), a hub model by its commit.
 
     part: a component's folder in a pipeline, or "" for a repository that is one component, with its config.json.
     """
+    if single_file.is_single_file(name):
+        return single_file.identity(Path(name), single_file_config, part)
     if Path(name).is_dir():
         return sampled_sha256(p for p in (Path(name) / part).iterdir() if p.is_file())
     file = hub.file_of(name, "model_index.json" if part else "config.json", revision)
@@ -150,7 +240,8 @@ def scheduler_like(kind: type, source: dict[str, Any], **changes: Any) -> Any:
         steps_offset            1, as in all of Stable Diffusion's own configs
         set_alpha_to_one        as stated, else False: DDIM ends at abar of t = 0, as Stable Diffusion's configs say
         variance_type           as stated; null (DPM-Solver's) or not stated is fixed_small
-        timestep_spacing        as stated, else the default of `kind`
+        timestep_spacing        trailing with zero terminal SNR, where sampling must begin at T-1, in pure noise; else
+                                as stated, else the default of `kind`
         thresholding            as stated, else False
         prediction_type, betas  as stated; all classes have the same defaults
         rescale_betas_zero_snr  as stated; raises UserError if it is on and `kind` knows no such thing
@@ -159,7 +250,9 @@ def scheduler_like(kind: type, source: dict[str, Any], **changes: Any) -> Any:
     """
     known = inspect.signature(kind).parameters
     if source.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
-        raise UserError(f"the pipeline's schedule has zero terminal SNR, which {kind.__name__} cannot sample")
+        raise UserError(f"the pipeline's schedule has zero terminal SNR, which {kind.__name__} cannot sample; DDIM can")
     settings = {"set_alpha_to_one": False, **source, "clip_sample": False, "steps_offset": 1}
+    if source.get("rescale_betas_zero_snr"):
+        settings["timestep_spacing"] = "trailing"
     settings["variance_type"] = source.get("variance_type") or "fixed_small"
     return kind(**{k: v for k, v in {**settings, **changes}.items() if k in known})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 
 import ncp
@@ -19,7 +20,9 @@ from ncp.training.engine import effective_batch, learning_rate
 from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.models import Models, averaged
 from ncp.training.pairs import Pairs, describe_filtering
+from ncp.training.pipeline import scheduler_like
 from ncp.training.settings import TrainingConfig
+from ncp.training.single_file import is_single_file
 from ncp.training.summary import describe_loss
 from ncp.training.weights import WEIGHTS, lora_state, save_lora
 
@@ -73,6 +76,13 @@ def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs
     steps = config.max_train_steps
     base = config.pretrained_model_name_or_path
     kind = models.description.pipeline.__name__
+    load = "from_single_file" if is_single_file(base) else "from_pretrained"
+    own_schedule = ""
+    if is_single_file(base) or (config.prediction_type, config.rescale_betas_zero_snr) != (None, None):
+        scheduler = scheduler_like(DDIMScheduler, models.description.scheduler).config
+        keys = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+        stated = ", ".join(f"{key}={scheduler[key]!r}" for key in keys)
+        own_schedule = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {stated})\n"
     pictures = sorted(Path(config.output_dir).glob("validation/*.png"))
     shown = f"\n![reference and tuned](validation/{pictures[-1].name})\n" if pictures else ""
     settings = {
@@ -105,10 +115,10 @@ Every setting is in `config.yaml`, the software and hardware in `environment.yam
 
 ```python
 import torch
-from diffusers import {kind}
+from diffusers import {"DDIMScheduler, " * bool(own_schedule)}{kind}
 
-pipe = {kind}.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
-pipe.load_lora_weights("{config.hub_model_id or config.output_dir}")
+pipe = {kind}.{load}("{base}", torch_dtype=torch.float16).to("cuda")
+{own_schedule}pipe.load_lora_weights("{config.hub_model_id or config.output_dir}")
 image = pipe("a prompt").images[0]
 ```
 

@@ -20,13 +20,15 @@ from ncp.training.checkpoints import fault, newest, read_manifest, writing
 from ncp.training.pairs import Pairs
 from ncp.training.pipeline import Description, identity
 from ncp.training.settings import TrainingConfig
+from ncp.training.single_file import is_single_file
 
 # Keys that a resumed run may change: where things are (what is there is compared by content), how the effective batch
 # is split, how long and how watched the run is, and what costs memory or time but not accuracy. All others are the
 # mathematics of the run.
 MAY_CHANGE = frozenset(
     """
-    pretrained_model_name_or_path pretrained_vae_model_name_or_path dataset_name cache_dir cached_latents output_dir
+    pretrained_model_name_or_path single_file_config pretrained_vae_model_name_or_path
+    dataset_name cache_dir cached_latents output_dir
     corrupt_images dataloader_num_workers
     train_batch_size gradient_accumulation_steps effective_batch_size max_train_steps
     gradient_checkpointing checkpointed_blocks torch_compile channels_last deterministic
@@ -109,8 +111,11 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
         digest.update(repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
     digest.update(pairs.winner.tobytes())
     own = {k: v for k, v in cache.fingerprint(config, description).items() if not hasattr(config, k)}
-    unet = identity(config.pretrained_model_name_or_path, config.revision, "unet")
-    return {"unet": unet, **own, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
+    name = config.pretrained_model_name_or_path
+    unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
+    if is_single_file(name):  # whose name may say it
+        unet |= {"prediction": description.prediction.partition(",")[0]}
+    return {**unet, **own, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
 
 
 def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path) -> str:

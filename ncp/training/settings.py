@@ -19,7 +19,23 @@ class TrainingConfig:
 
     pretrained_model_name_or_path: str = option(
         group="model",
-        doc="model to train, of Stable Diffusion's or SDXL's architecture: folder of a diffusers pipeline, or hub id",
+        doc="model to train, of Stable Diffusion's or SDXL's architecture: folder of a diffusers pipeline, hub id, or "
+        ".safetensors checkpoint as on Civitai",
+    )
+    single_file_config: str | None = option(
+        None,
+        doc="for such a checkpoint: diffusers pipeline folder or hub id whose configs and tokenizers fit; null: those "
+        "of SD 1.x, SD 2.x or SDXL, and CLIP's tokenizer from the hub",
+    )
+    prediction_type: str | None = option(
+        None,
+        choices=("epsilon", "v_prediction", "sample"),
+        doc="what the U-Net predicts; null: what the model's scheduler config or its file says",
+    )
+    rescale_betas_zero_snr: bool | None = option(
+        None,
+        doc="whether the noise schedule has zero terminal SNR, as that of NoobAI-XL's v-prediction models has; null: "
+        "what the model's scheduler config or its file says",
     )
     revision: str | None = option(
         None, doc="branch, tag or commit of the model, if it is a hub id; null: the main branch"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import pyarrow.compute as pc
 from accelerate import Accelerator
@@ -11,6 +13,7 @@ from ncp.training.engine import effective_batch, learning_rate
 from ncp.training.models import Models
 from ncp.training.pairs import Pairs, describe_filtering
 from ncp.training.settings import TrainingConfig
+from ncp.training.single_file import is_single_file, load_tokenizer
 
 
 def print_summary(
@@ -28,7 +31,7 @@ def print_summary(
     scaled = f"{c.learning_rate:g} x {effective}" if c.scale_lr else "not scaled"
     lines = {
         "model": f"{c.pretrained_model_name_or_path} ({models.description.pipeline.__name__}, "
-        f"{models.scheduler.config.prediction_type})",
+        f"{models.description.prediction})" + "".join(f"; {note}" for note in models.description.notes),
         "data": f"{len(pairs):,} decisive pairs of {len(pairs.table):,} rows in {c.dataset_name}"
         + "".join(f"; {count:,} {reason}" for reason, count in pairs.dropped.items())
         + (f"; {pairs.heldout:,} held out" if pairs.heldout else ""),
@@ -56,8 +59,11 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
     limit = models.description.text_shape[0]
     # A token stands for at least a byte: short ones need no counting.
     long = [p for p in prompts if len(p.encode()) >= limit // 2]
-    name, revision = config.pretrained_model_name_or_path, config.revision
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
+    name = config.pretrained_model_name_or_path
+    if is_single_file(name):
+        tokenizer = load_tokenizer(Path(name), config.single_file_config, "tokenizer")
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=config.revision)
     cut = sum(len(ids) > limit for ids in tokenizer(long, verbose=False).input_ids) if long else 0
     diffusers.utils.logging.set_verbosity_error()  # which would repeat at every step that a prompt was cut
     return f"{len(prompts):,} distinct" + (

@@ -12,7 +12,9 @@ PREFIXES = ("module.", "unet.")  # of a U-Net in DDP, or within a module that wa
 
 
 def kind_of_file(what: str, file: Path) -> str:
-    """ "lora" or "unet state", by the names of the tensors. Reads no weights of a safetensors file.
+    """What is in a file, by its tensors' names: "lora", "unet state", or "checkpoint" for a whole one.
+
+    No weights are read.
 
     what: is named in the message. Raises UserError for a file that holds neither, or is damaged.
     """
@@ -29,9 +31,29 @@ def kind_of_file(what: str, file: Path) -> str:
     if "conv_in.weight" in {_bare(name) for name in names}:
         return "unet state"
     if any(name.startswith("model.diffusion_model.") for name in names):
-        raise UserError(f"{what}: {file} is a whole checkpoint in one file; expected a diffusers folder of it")
+        if file.suffix != ".safetensors":
+            raise UserError(f"{what}: {file} is a whole checkpoint in a pickle; expected one as .safetensors")
+        return "checkpoint"
     shown = next(iter(names), "no tensors")
     raise UserError(f"{what}: {file} holds the weights neither of a LoRA nor of a diffusers U-Net, but {shown}")
+
+
+def only_file_on_hub(repository: str, revision: str | None) -> str | None:
+    """The one weight file at the top of a repository; None if there is another number, or no list of files."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(repository, revision=revision)
+    except Exception:  # offline, for one: the message about what was looked for says enough
+        return None
+    weights = [n for n in names if "/" not in n and Path(n).suffix in SUFFIXES]
+    return weights[0] if len(weights) == 1 else None
+
+
+def only_file(folder: Path) -> Path | None:
+    """The one weight file of a folder without a config, such as a LoRA under its own name; None if there is none."""
+    files = [f for f in sorted(folder.glob("*")) if f.is_file() and f.suffix in SUFFIXES]
+    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
 
 
 def load_unet_state(unet: Any, file: Path) -> None:
