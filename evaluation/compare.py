@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from evaluation.protocol import EvaluationConfig
-from evaluation.statistics import bootstrap_interval, prompt_wins, sign_test
+from evaluation.statistics import bootstrap_interval, prompt_wins, sign_test, win_rate_interval
 from evaluation.tables import image_key, read_index, read_protocol, read_scores
 from ncp.common.errors import UserError
 
 
 @dataclass
 class Scores:
-    """Scores by scorer: (models, prompts, samples) float64, NaN where there is none."""
+    """Scores by scorer: (models, prompts, samples) float64, NaN where there is none. categories: of each prompt."""
 
     models: list[str]
     prompts: list[str]
-    categories: list[str]
+    categories: list[list[str]]
     by_scorer: dict[str, np.ndarray]
 
 
@@ -92,7 +92,10 @@ def load_scores(config: EvaluationConfig, index: list[dict[str, Any]]) -> Scores
     """The score table as arrays, the configured models first. Raises UserError for images without scores."""
     rows = read_scores(config)
     models = list(dict.fromkeys([*config.model_names, *(r["model"] for r in index)]))
-    prompts = {r["prompt"]: r["category"] for r in sorted(index, key=lambda r: r["prompt_number"])}
+    # Older versions noted one category only.
+    prompts = {
+        r["prompt"]: r.get("categories") or [r["category"]] for r in sorted(index, key=lambda r: r["prompt_number"])
+    }
     place = {p: i for i, p in enumerate(prompts)}
     samples = 1 + max(r["sample"] for r in index)
     by_scorer = {name: np.full((len(models), len(prompts), samples), np.nan) for name in config.scorers}
@@ -109,14 +112,17 @@ def load_scores(config: EvaluationConfig, index: list[dict[str, Any]]) -> Scores
 
 
 def compare_all(scores: Scores, names: list[str], resamples: int) -> list[Result]:
-    """Each pair of the named models by each scorer: first on all prompts, then by category if there are several."""
-    categories = list(dict.fromkeys(scores.categories))
+    """Each pair of the named models by each scorer: first on all prompts, then by category if there are several.
+
+    A prompt of several categories counts in each of them, and once among all.
+    """
+    categories = list(dict.fromkeys(name for of_prompt in scores.categories for name in of_prompt))
     groups = ["", *(categories if len(categories) > 1 else [])]
     results = []
     for (reference, model), (judge, table), group in itertools.product(
         itertools.combinations(names, 2), scores.by_scorer.items(), groups
     ):
-        chosen = np.array([not group or c == group for c in scores.categories])
+        chosen = np.array([not group or group in of_prompt for of_prompt in scores.categories])
         a, b = (table[scores.models.index(m)][chosen] for m in (reference, model))
         results.append(compare_pair(judge, reference, model, group, a, b, resamples))
     return results
@@ -128,7 +134,7 @@ def compare_pair(
     """`model` with scores b against `reference` with scores a, each (prompts, samples)."""
     per_prompt = prompt_wins(a, b)
     wins = per_prompt[~np.isnan(per_prompt)]
-    low, high = bootstrap_interval(wins, resamples)
+    low, high = win_rate_interval(wins, resamples)
     won, lost = int((wins > 0.5).sum()), int((wins < 0.5).sum())
     both = ~(np.isnan(a) | np.isnan(b))
     a, b = a[both], b[both]

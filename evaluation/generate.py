@@ -36,7 +36,7 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, str]]) -> list[dict[str, Any]]:
+def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row of the index per image, by model, then prompt, then sample."""
     rows = []
     for model in models:
@@ -59,10 +59,10 @@ def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict
 
 def generate(config: EvaluationConfig) -> None:
     """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
+    prompts, repeated = read_prompts(config)
     base = find_base(config)
     models = find_models(config, base)
     sampler(base, config)  # for what it refuses, before anything is written
-    prompts, repeated = read_prompts(config)
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
@@ -74,7 +74,7 @@ def generate(config: EvaluationConfig) -> None:
     if state.is_main_process:
         if todo:  # an index of what is about to change would mislead, if this run is interrupted
             (folder / "index.parquet").unlink(missing_ok=True)
-        dropped = f" ({repeated} repeated ones left out)" if repeated else ""
+        dropped = f" (drawn once: {repeated} repeated)" if repeated else ""
         print(f"{len(models)} models x {len(prompts)} prompts{dropped} x {config.samples_per_prompt} samples", end=": ")
         print(f"{len(rows)} images, {len(rows) - len(todo)} of them drawn before")
         several = f"{state.num_processes} processes" if state.num_processes > 1 else "one process"

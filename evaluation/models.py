@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import EvaluationConfig, named_paths
+from evaluation.state_dicts import SUFFIXES, kind_of_file, load_unet_state, only_file, only_file_on_hub
 from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.common.files import sha256
@@ -17,6 +18,8 @@ from ncp.common.files import sha256
 LORA = "pytorch_lora_weights.safetensors"
 # What makes a folder or hub repository one of these, looked for in this order.
 FILE_OF_KIND = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/config.json", "bare unet": "config.json"}
+# Or a single file of weights, whatever its name: OWNER/NAME/FILE on the hub.
+HUB_FILE = r"(\w[\w.-]*/[\w.-]+)/([\w./+ -]+)"
 WEIGHTS = (".safetensors", ".bin")
 SCHEDULER = "scheduler/scheduler_config.json"
 # Of a scheduler's config, what the weights were trained with; the rest is how to sample.
@@ -33,6 +36,7 @@ UNET_CLASS = "UNet2DConditionModel"
 class Model:
     """A model to draw with. `weights` tells its images from others: a hash of `parts`, or the hub's commit.
 
+    kind: of FILE_OF_KIND, or "lora" or "unet state" for a single file, which is `file`.
     `parts` are the hashes of what it draws with, by name: of a pipeline its components, else "weights" or "commit".
     `run`, `step` and `seconds` (of training up to there, if the checkpoint says) belong to training checkpoints.
     """
@@ -45,6 +49,7 @@ class Model:
     step: int | None = None
     seconds: float | None = None
     parts: dict[str, str] = field(default_factory=dict)
+    file: str | None = None
 
 
 def find_base(config: EvaluationConfig) -> Model:
@@ -71,24 +76,26 @@ def find_models(config: EvaluationConfig, base: Model) -> list[Model]:
 def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
     """The model behind a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
-    if place.is_file() and place.suffix == ".safetensors":
-        from ncp.training import single_file  # here and below: it takes seconds, which not every step needs
-
-        if single_file.is_checkpoint(place):
+    if place.is_file():
+        if (kind := kind_of_file(f"model '{name}'", place)) == "checkpoint":
             return _in_one_file(name, path, config)
-        return Model(name, "lora", path, digest := sha256(place), parts={"weights": digest})
+        return Model(name, kind, path, digest := sha256(place), parts={"weights": digest}, file=path)
     if not place.is_dir():
+        if (match := re.fullmatch(HUB_FILE, path)) and place.suffix in SUFFIXES:
+            return _file_on_hub(name, path, *match.groups())
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
             raise UserError(f"model '{name}': no such file or folder: {path}")
         return _on_hub(name, path, config.revision if path == config.pretrained_model_name_or_path else None)
-    kind = next((k for k, file in FILE_OF_KIND.items() if (place / file).is_file()), None)
-    if kind is None:
+    found = next((k for k, file in FILE_OF_KIND.items() if (place / file).is_file()), None)
+    if found is None and (only := only_file(place)):
+        return replace(find_model(name, str(only), config), path=path)
+    if found is None:
         hint = "; name the run's checkpoints in runs" if list(place.glob("checkpoint-*")) else ""
         raise UserError(f"model '{name}': {path} holds neither a pipeline, nor {LORA}, nor a U-Net{hint}")
-    _check_class(name, kind, place / FILE_OF_KIND[kind])
-    parts = _hash_parts(place, kind, config.variant)
+    _check_class(name, found, place / FILE_OF_KIND[found])
+    parts = _hash_parts(place, found, config.variant)
     whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Model(name, kind, path, parts.get("weights", whole), parts=parts)
+    return Model(name, found, path, parts.get("weights", whole), parts=parts)
 
 
 def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
@@ -102,7 +109,7 @@ def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
 
 def _in_one_file(name: str, path: str, config: EvaluationConfig) -> Model:
     """A whole checkpoint: known by the file, the tokenizers and the configs. Raises UserError for one of no use."""
-    from ncp.training import single_file
+    from ncp.training import single_file  # here and below: it takes seconds, which not every step needs
 
     place, given = Path(path), config.single_file_config
     parts = {"checkpoint": sha256(place)}
@@ -175,12 +182,14 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
             pipe = single_file.load_pipeline(Path(name), given, kind, dtype, **parts)
         else:
             pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
-        if "unet" in model.kind:
+        if model.kind == "unet state":
+            load_unet_state(pipe.unet, Path(str(model.file)))
+        elif "unet" in model.kind:
             folder = {"subfolder": "unet"} if model.kind == "unet" else {}
             unet = diffusers.UNet2DConditionModel.from_pretrained(model.path, dtype=dtype, **folder)
             pipe.register_modules(unet=unet)
         if model.kind == "lora":
-            pipe.load_lora_weights(model.path)
+            pipe.load_lora_weights(model.file or model.path)
             if not pipe.get_active_adapters():  # diffusers says nothing, and would draw the base
                 raise ValueError("none of its weights belong to this U-Net")
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # a missing file, other shapes, damaged weights
@@ -289,7 +298,25 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
             return Model(name, kind, repository, commit, parts={"commit": commit})
         reason = hub.reason(failure)
         raise UserError(f"model '{name}': {repository} is no local folder; the hub gave no {file}: {reason}") from None
+    if only := only_file_on_hub(repository, revision):  # such as a LoRA under its own name
+        return _file_on_hub(name, repository, repository, only)
     raise UserError(f"model '{name}': the hub's {repository} holds neither a pipeline, nor {LORA}, nor a U-Net")
+
+
+def _file_on_hub(name: str, path: str, repository: str, file: str) -> Model:
+    """A single file of weights in a hub repository. Raises UserError if it cannot be had, or holds other weights."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        place = Path(hf_hub_download(repository, file))
+    except Exception as error:  # many kinds: offline, gated, no such repository
+        raise UserError(
+            f"model '{name}': no such file: {path}; nor did the hub's {repository} give {file}: {hub.reason(error)}"
+        ) from None
+    commit = hub.commit_of(place)
+    if (kind := kind_of_file(f"model '{name}'", place)) == "checkpoint":
+        raise UserError(f"model '{name}': {path} is a whole checkpoint in one file; download it and give its path here")
+    return Model(name, kind, path, commit, parts={"commit": commit, "file": file}, file=str(place))
 
 
 def _check_class(name: str, kind: str, file: Path) -> None:

@@ -97,7 +97,7 @@ def prompt_data(config: EvaluationConfig, compared: Comparison, chosen: list[int
             {
                 "number": n + 1,
                 "prompt": scores.prompts[n],
-                "category": scores.categories[n],
+                "categories": [name for name in scores.categories[n] if name],
                 "images": [thumbnail_url(Path(config.output_dir) / files[m, n]) for m in names],
                 # NaN is no JSON.
                 "scores": [

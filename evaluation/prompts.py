@@ -14,11 +14,13 @@ from ncp.common import hub
 from ncp.common.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")  # tried in this order, whatever their case
-SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".parquet")
+SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
-def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, str]], int]:
-    """([{prompt, category}], number of repeated prompts left out), in the order of the files.
+def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, Any]], int]:
+    """([{prompt, category, categories}], number of repetitions), in the order of the files, each prompt once.
+
+    `categories` are all that a prompt occurs in, "" if there are none, and `category` is the first of them.
 
     Raises UserError for a file that is missing, unreadable or without prompts, and for a missing column.
     """
@@ -29,13 +31,24 @@ def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, str]], int]:
         found = [{"prompt": s.prompt(t), "category": s.shape} for t in range(len(world.TEMPLATES)) for s in held_out]
     else:
         files = _files(config)
-        found = [row for file in files for row in _read(file, config, file.stem if len(files) > 1 else "")]
-    unique: dict[str, dict[str, str]] = {}
+        tables = [_read(file, config) for file in files]
+        # A file is a category if there are several; but not where each prompt has a text file of its own (DPG-Bench).
+        alone = all(file.suffix == ".txt" and len(table) <= 1 for file, table in zip(files, tables, strict=True))
+        named = len(files) > 1 and not alone
+        found = [
+            {"prompt": row["prompt"], "category": file.stem if named and row["category"] is None else row["category"]}
+            for file, table in zip(files, tables, strict=True)
+            for row in table
+        ]
+    unique: dict[str, list[str]] = {}
     for row in found:
-        unique.setdefault(row["prompt"], row)
+        own = unique.setdefault(row["prompt"], [])
+        given = row["category"] if isinstance(row["category"], list) else [row["category"]]
+        own += [name for name in map(_text, given) if name not in own]
     if not unique:
         raise UserError(f"prompts: not a single prompt in {config.prompts}")
-    return list(unique.values())[: config.max_prompts], len(found) - len(unique)
+    rows = [{"prompt": p, "category": (c or [""])[0], "categories": c or [""]} for p, c in unique.items()]
+    return rows[: config.max_prompts], len(found) - len(unique)
 
 
 def _files(config: EvaluationConfig) -> list[Path]:
@@ -69,8 +82,12 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def _read(file: Path, config: EvaluationConfig, category: str) -> list[dict[str, str]]:
-    """Rows of one file; those without a prompt are left out."""
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+def _read(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
+    """{prompt, category} of each row of a file that has a prompt; the category as it is, None without a column."""
     try:
         if file.suffix == ".parquet":
             table = _parquet(file, config)
@@ -78,12 +95,13 @@ def _read(file: Path, config: EvaluationConfig, category: str) -> list[dict[str,
             table = [{"prompt": line} for line in file.read_text(encoding="utf-8").splitlines()]
         elif file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, list) or not all(isinstance(r, (str, dict)) for r in content):
-                raise ValueError("expected a list of texts or of objects")
-            table = [r if isinstance(r, dict) else {"prompt": r} for r in content]
+            table = _objects(content)
+        elif file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            table = _objects([json.loads(line) for line in lines if line.strip()])
         else:
-            with open(file, newline="", encoding="utf-8") as lines:
-                table = list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+            with open(file, newline="", encoding="utf-8-sig") as handle:
+                table = list(csv.DictReader(handle, delimiter="\t" if file.suffix == ".tsv" else ","))
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"prompts: {file} is not readable ({str(error).splitlines()[0]})") from None
     if not table:
@@ -92,8 +110,15 @@ def _read(file: Path, config: EvaluationConfig, category: str) -> list[dict[str,
     rows = []
     for row in table:
         if text := str(row.get(column) or "").strip():
-            rows.append({"prompt": text, "category": str(row[of] or "") if of else category})
+            rows.append({"prompt": text, "category": None if of is None else "" if row.get(of) is None else row[of]})
     return rows
+
+
+def _objects(content: Any) -> list[dict[str, Any]]:
+    """Rows of a JSON list. Raises ValueError if it is none of texts or objects."""
+    if not isinstance(content, list) or not all(isinstance(r, (str, dict)) for r in content):
+        raise ValueError("expected a list of texts or of objects")
+    return [r if isinstance(r, dict) else {"prompt": r} for r in content]
 
 
 def _parquet(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
@@ -109,7 +134,7 @@ def _columns(names: list[str], config: EvaluationConfig, file: Path) -> tuple[st
     for key in (config.prompt_column, config.category_column):
         if key is not None and key not in names:
             raise UserError(f"prompts: {file} has no column '{key}'; it has {', '.join(names)}")
-    lower = {name.lower(): name for name in reversed(names)}
+    lower = {str(name).lower(): name for name in reversed(names)}
     column = config.prompt_column or next((lower[c] for c in COLUMNS if c in lower), None)
     if column is None:
         raise UserError(f"prompts: {file} has none of the columns {', '.join(COLUMNS)}; name one in prompt_column")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.questions import QUESTIONS, VLM_QUESTION, find_endpoints, question_of
 from ncp.common.config import one_item_each, option
 from ncp.common.errors import UserError
 
@@ -27,7 +28,8 @@ PROTOCOL = (
 )
 SCHEDULERS = ("pipeline", "ddim", "pndm", "euler", "dpmsolver++")
 SCORERS = (
-    *("pickscore", "hpsv2", "hpsv2.1", "clip", "aesthetic", "imagereward"),
+    *("pickscore", "hpsv2", "hpsv2.1", "clip", "aesthetic", "imagereward", "mps"),
+    *QUESTIONS,
     *("oracle_overall", "oracle_appeal", "oracle_alignment"),
 )
 # The keys that say where a scorer's weights are.
@@ -37,7 +39,8 @@ WEIGHT_KEYS = {
     "hpsv2.1": ("hpsv2_checkpoints", "clip_h_processor"),
     "clip": ("clip_l_model",),
     "aesthetic": ("aesthetic_checkpoint", "clip_l_model"),
-    "imagereward": ("imagereward_model",),
+    "imagereward": ("imagereward_model", "imagereward_tokenizer"),
+    "mps": ("mps_checkpoint", "clip_h_processor"),
 }
 MODEL_NAME = r"[\w.+-]+"
 
@@ -80,8 +83,8 @@ class EvaluationConfig:
     models: list[str] = option(
         ["base"],
         doc="models to compare: base (the base pipeline), and NAME=PATH for each other, where PATH is a folder or hub "
-        "id of a LoRA, a U-Net or a pipeline, or a .safetensors file of a LoRA or a whole checkpoint. The first one is "
-        "the reference",
+        "id of a LoRA, a U-Net or a pipeline, or a file (on the hub OWNER/NAME/FILE) of a LoRA, of a U-Net's weights "
+        "or, here, of a whole checkpoint. The first one is the reference",
     )
     runs: list[str] = option(
         [],
@@ -90,8 +93,8 @@ class EvaluationConfig:
     )
     prompts: str = option(
         group="prompts",
-        doc="where prompts come from: tiny (those of the embedded world), a text, CSV, TSV, JSON or parquet file, a "
-        "folder of such files, or a hub dataset id",
+        doc="where prompts come from: tiny (those of the embedded world), a text, CSV, TSV, JSON, JSON lines or "
+        "parquet file, a folder of such files, or a hub dataset id",
     )
     prompts_files: list[str] = option(
         [],
@@ -104,7 +107,7 @@ class EvaluationConfig:
     category_column: str | None = option(
         None,
         doc="column of the prompts' categories, each of which is compared by itself too; null: the file's name, if "
-        "there are several files",
+        "there are several files. A prompt that occurs in several categories counts in each",
     )
     max_prompts: int | None = option(None, low=1, doc="use only the first so many different prompts; null: all")
     samples_per_prompt: int = option(
@@ -139,7 +142,7 @@ class EvaluationConfig:
     )
     clip_h_processor: str = option(
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        doc="tokenizer and image preprocessing of PickScore and HPSv2: folder or hub id",
+        doc="tokenizer and image preprocessing of PickScore, HPSv2 and MPS: folder or hub id",
     )
     clip_l_model: str = option(
         "openai/clip-vit-large-patch14", doc="CLIP model of the CLIP score and of the aesthetic score: folder or hub id"
@@ -149,7 +152,34 @@ class EvaluationConfig:
         doc="weights of LAION's aesthetic predictor: file or URL",
     )
     imagereward_model: str = option(
-        "ImageReward-v1.0", doc="weights of ImageReward, which needs pip install image-reward: file or published name"
+        "zai-org/ImageReward",
+        doc="weights of ImageReward: folder or hub id with ImageReward.pt and med_config.json, or a .pt file with that "
+        "config beside it",
+    )
+    imagereward_tokenizer: str = option(
+        "google-bert/bert-base-uncased", doc="tokenizer of ImageReward, BERT's without capitals: folder or hub id"
+    )
+    mps_checkpoint: str = option(
+        "RE-N-Y/mpsv1",
+        doc="weights of MPS for overall preference: the authors' MPS_overall_checkpoint.pth, a .safetensors file, or a "
+        "folder or hub id with model.safetensors",
+    )
+    endpoints: list[str] = option(
+        [],
+        doc="where judges behind an OpenAI-compatible HTTP endpoint are asked: JUDGE=MODEL@URL, where JUDGE is one of "
+        + ", ".join(QUESTIONS)
+        + ", MODEL is the model's name on the server, and URL ends before /chat/completions, as in "
+        "vqascore=Qwen/Qwen2.5-VL-7B-Instruct@http://localhost:8000/v1. A key for the server is read from the "
+        "environment variable ENDPOINT_API_KEY",
+    )
+    vlm_question: str = option(
+        VLM_QUESTION,
+        doc="what the judge vlm is asked about an image, with {prompt} where the prompt belongs; the score is the "
+        "number in the reply",
+    )
+    endpoint_timeout: float = option(120.0, above=0, doc="seconds without a sign of an endpoint's reply before a retry")
+    endpoint_attempts: int = option(
+        5, low=1, doc="times that an endpoint is asked about an image, with growing pauses, before scoring ends"
     )
     bootstrap_samples: int = option(
         10_000,
@@ -192,6 +222,11 @@ class EvaluationConfig:
                     raise UserError(
                         f"{key}: '{entry}'; expected {also}NAME=PATH, a name of letters, digits and . _ + -"
                     )
+        found = find_endpoints(self.endpoints)
+        if missing := [name for name in self.scorers if name in QUESTIONS and name not in found]:
+            raise UserError(f"scorer '{missing[0]}' needs an entry in endpoints: {missing[0]}=MODEL@URL")
+        if "{prompt}" not in self.vlm_question:
+            raise UserError("vlm_question does not say where the prompt belongs; expected {prompt} in it")
         names = [name for name, _ in named_paths([*self.models, *self.runs])]
         if repeated := {n for n in names if names.count(n) > 1}:
             raise UserError(f"models, runs: the name '{min(repeated)}' is given twice")
@@ -217,6 +252,9 @@ class EvaluationConfig:
         """Where a scorer's weights or code come from: what must not change within one table of scores."""
         if scorer in WEIGHT_KEYS:
             return " and ".join(getattr(self, key) for key in WEIGHT_KEYS[scorer])
+        if scorer in QUESTIONS:  # not the URL, which may be another tomorrow
+            asked = question_of(scorer, self.vlm_question).text
+            return f"{find_endpoints(self.endpoints)[scorer].model}, asked {' '.join(asked.split())!r}"
         return "tiny/oracle.py" if scorer in SCORERS else scorer
 
 

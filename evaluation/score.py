@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from evaluation.processes import processes
 from evaluation.protocol import EvaluationConfig
-from evaluation.scorers import check_scorers, load_scorer
+from evaluation.scorers import Scorer, check_endpoints, check_scorers, load_scorer
 from evaluation.tables import image_key, read_index, read_scores, scores_path, write_scores
 from ncp.common.errors import UserError
+
+ROUND = 32  # batches per process, after which the scores so far are written
 
 
 def score(config: EvaluationConfig) -> None:
@@ -28,36 +30,57 @@ def score(config: EvaluationConfig) -> None:
         print(f"{len(rows)} images x {len(config.scorers)} scorers: {', '.join(config.scorers)}")
     wanted = {image_key(r) for r in rows}
     done = [r for r in done if image_key(r) in wanted]  # what the index no longer lists is forgotten
-    for name in config.scorers:
-        known = {image_key(r) for r in done if r["scorer"] == name}
-        todo = [r for r in rows if image_key(r) not in known]
-        if not todo:
-            continue
-        batches = [todo[i : i + config.batch_size] for i in range(0, len(todo), config.batch_size)]
-        own = batches[state.process_index :: state.num_processes]
-        try:
-            scored = score_batches(name, own, config, state)
-        except UserError as error:  # told to all, so that no process waits for one that is gone
-            scored = [{"error": str(error)}]
-        scored = gather_object(scored)
-        if errors := [r["error"] for r in scored if "error" in r]:
-            raise UserError(errors[0])
-        done += scored
-        if state.is_main_process:  # after each scorer: an interrupted run continues with the next
-            write_scores(config, done)
+    todo = {name: unscored(name, rows, done) for name in config.scorers}
+    refuse_absent_servers(config, [name for name, own in todo.items() if own], state)
+    for name, own in todo.items():
+        batches = [own[i : i + config.batch_size] for i in range(0, len(own), config.batch_size)]
+        mine = batches[state.process_index :: state.num_processes]
+        bar = tqdm(total=sum(map(len, mine)), desc=name, unit="image", disable=not (mine and state.is_main_process))
+        scorer: Scorer | None = None
+        for start in range(0, len(batches), ROUND * state.num_processes):
+            part = batches[start : start + ROUND * state.num_processes][state.process_index :: state.num_processes]
+            scored: list[dict[str, Any]] = []
+            try:
+                if part:
+                    scorer = scorer or load_scorer(name, config, state.device)
+                    score_batches(scorer, part, config, scored, bar)
+            except UserError as error:  # told to all, so that no process waits for one that is gone
+                scored.append({"error": str(error)})
+            gathered = gather_object(scored)
+            added = [r for r in gathered if "error" not in r]
+            done += added
+            if added and state.is_main_process:  # an interrupted run goes on from here, one that failed too
+                write_scores(config, done)
+            if errors := [r["error"] for r in gathered if "error" in r]:
+                bar.close()
+                raise UserError(errors[0])
+        bar.close()
     if state.is_main_process:
         print(f"wrote {path}; next: evaluate.py compare")
 
 
+def refuse_absent_servers(config: EvaluationConfig, names: list[str], state: Any) -> None:
+    """Raises UserError, in every process, if the first one cannot reach the server of one of these scorers."""
+    errors: list[str] = []
+    try:
+        if state.is_main_process:
+            check_endpoints(config, names)
+    except UserError as error:  # told to all, as below
+        errors.append(str(error))
+    if errors := gather_object(errors):
+        raise UserError(errors[0])
+
+
+def unscored(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the index without a row of this scorer among `done`."""
+    known = {image_key(r) for r in done if r["scorer"] == name}
+    return [r for r in rows if image_key(r) not in known]
+
+
 def score_batches(
-    name: str, batches: list[list[dict[str, Any]]], config: EvaluationConfig, state: Any
-) -> list[dict[str, Any]]:
-    """Rows of the score table for this process's share."""
-    if not batches:
-        return []
-    scorer = load_scorer(name, config, state.device)
-    rows: list[dict[str, Any]] = []
-    bar = tqdm(total=sum(map(len, batches)), desc=name, unit="image", disable=not state.is_main_process)
+    scorer: Scorer, batches: list[list[dict[str, Any]]], config: EvaluationConfig, rows: list[dict[str, Any]], bar: Any
+) -> None:
+    """Adds a row of the score table for each image to `rows`, batch by batch, so that a failure leaves the others."""
     for batch in batches:
         images = []
         for row in batch:
@@ -67,8 +90,8 @@ def score_batches(
                 raise UserError(f"{row['file']} is no readable image ({error}); delete it and run generate") from None
         scores = np.asarray(scorer.score(images, [r["prompt"] for r in batch]), dtype=np.float64)
         if scores.shape != (len(batch),):
-            raise UserError(f"scorer '{name}' gave {scores.shape} scores for {len(batch)} images; expected one each")
-        rows += [{**r, "scorer": name, "score": float(s)} for r, s in zip(batch, scores, strict=True)]
+            raise UserError(
+                f"scorer '{scorer.name}' gave {scores.shape} scores for {len(batch)} images; expected one each"
+            )
+        rows += [{**r, "scorer": scorer.name, "score": float(s)} for r, s in zip(batch, scores, strict=True)]
         bar.update(len(batch))
-    bar.close()
-    return rows

@@ -6,7 +6,9 @@
 | hpsv2, hpsv2.1 | 100 x cosine of CLIP-H fine-tuned on HPD v2 | about 20 to 35 (the authors' tables) |
 | clip | 100 x max(cosine, 0) of OpenAI's CLIP ViT-L/14 | about 15 to 35 |
 | aesthetic | LAION's linear head on the normalised CLIP ViT-L/14 image embedding | 1 to 10 |
-| imagereward | ImageReward 1.0 | about -2.3 to 2.3, standardised |
+| imagereward | ImageReward 1.0, `evaluation/imagereward.py` | about -2.3 to 2.3, standardised |
+| mps | exp(logit_scale) x cosine of CLIP-H with cross attention, `evaluation/mps.py` | |
+| vqascore, unifiedreward, hpsv3, vlm | a model behind an HTTP endpoint, `evaluation/questions.py` | |
 | oracle_* | `tiny/oracle.py`, exact on the embedded world | 0 to 1 |
 
 HPSv2's own `score()` gives the cosine, a hundredth of its authors' tables. Images are square, so that cropping (CLIP)
@@ -16,7 +18,6 @@ and padding (HPSv2) of other shapes need not be told apart.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.protocol import SCORERS, WEIGHT_KEYS, EvaluationConfig
+from evaluation.questions import QUESTIONS
 from ncp.common import hub
 from ncp.common.errors import UserError
 
@@ -50,8 +52,10 @@ def check_scorers(config: EvaluationConfig, prompts: list[str]) -> None:
             local = place.startswith((".", "/", "~")) or place.count("/") > 1
             if local and not place.startswith("https://") and not Path(place).exists():
                 raise UserError(f"scorer '{name}': {key}: no such file or folder: {place}")
-        if name == "imagereward" and importlib.util.find_spec("ImageReward") is None:
-            raise UserError("scorer 'imagereward' is not installed (pip install image-reward)")
+        if name == "imagereward" and Path(config.imagereward_model).exists():
+            from evaluation.imagereward import imagereward_files
+
+            imagereward_files(config.imagereward_model)
         if name.startswith("oracle_"):
             from tiny import world
 
@@ -62,12 +66,25 @@ def check_scorers(config: EvaluationConfig, prompts: list[str]) -> None:
                     raise UserError(f"scorer '{name}' judges the embedded world only: {error}") from None
 
 
+def check_endpoints(config: EvaluationConfig, names: list[str]) -> None:
+    """Raises UserError if the server of one of these scorers does not answer, or has no such model."""
+    if judges := [name for name in names if name in QUESTIONS]:
+        from evaluation.endpoint import check_endpoint
+
+        for judge in judges:
+            check_endpoint(judge, config)
+
+
 def load_scorer(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     """The scorer with its weights on `device`, in half precision on a GPU. Raises UserError if they cannot be had."""
     if name.startswith("oracle_"):
         from tiny import oracle
 
         return Scorer(name, lambda images, prompts: oracle.score(images, prompts)[name.removeprefix("oracle_")])
+    if name in QUESTIONS:
+        from evaluation.endpoint import endpoint_scorer
+
+        return Scorer(name, endpoint_scorer(name, config))
     if name not in SCORERS:
         return Scorer(name, _own_function(name))
     try:
@@ -78,6 +95,7 @@ def load_scorer(name: str, config: EvaluationConfig, device: Any) -> Scorer:
             "clip": _clip_score,
             "aesthetic": _aesthetic,
             "imagereward": _imagereward,
+            "mps": _mps,
         }[name](name, config, device)
     except UserError:
         raise
@@ -169,6 +187,14 @@ def _hpsv2(name: str, config: EvaluationConfig, device: Any) -> Scorer:
     return Scorer(name, lambda images, prompts: 100 * clip.cosine(images, prompts))
 
 
+def _mps(name: str, config: EvaluationConfig, device: Any) -> Scorer:
+    from evaluation.mps import mps_file, mps_scorer, read_mps
+
+    model, layers = read_mps(mps_file(config.mps_checkpoint))
+    scale = model.logit_scale.float().exp().item()  # before half precision rounds it
+    return Scorer(name, mps_scorer(Clip(model, config.clip_h_processor, device), layers, scale))
+
+
 # ---------------------------------------------------------------- others
 
 
@@ -195,8 +221,6 @@ def _aesthetic(name: str, config: EvaluationConfig, device: Any) -> Scorer:
 
 
 def _imagereward(name: str, config: EvaluationConfig, device: Any) -> Scorer:
-    import ImageReward
+    from evaluation.imagereward import imagereward_scorer
 
-    model = ImageReward.load(config.imagereward_model, device=str(device))
-    # The package takes one prompt at a time.
-    return Scorer(name, lambda images, prompts: [model.score(p, i) for i, p in zip(images, prompts, strict=True)])
+    return Scorer(name, imagereward_scorer(config.imagereward_model, config.imagereward_tokenizer, device))

@@ -41,8 +41,8 @@ def win_rate_section(results: list[Result]) -> Section | None:
     head = ["judge", "comparison", "prompts", "win-rate [95% interval]", "sign test p", "mean", "median"]
     note = (
         "Win-rate: share of prompts on which the first-named model's image scores higher, ties counting half. "
-        "Intervals: 95%, by bootstrap over prompts; they say how much other prompts of this kind would change it, "
-        "not how much another training run would. Sign test: exact, two-sided. Nothing is corrected for looking at "
+        "Intervals: 95%, by bootstrap over prompts (BCa); they say how much other prompts of this kind would change "
+        "it, not how much another training run would. Sign test: exact, two-sided. Nothing is corrected for looking at "
         "several judges, pairs or categories."
     )
     return Section("Win-rates", head, rows, note, ("win_rates",)) if rows else None

@@ -30,6 +30,7 @@ INDEX = pa.schema(
         pa.field("prompt_number", pa.int64()),
         pa.field("prompt", pa.string()),
         pa.field("category", pa.string()),
+        pa.field("categories", pa.list_(pa.string())),
         pa.field("sample", pa.int64()),
         pa.field("seed", pa.int64()),
         pa.field("file", pa.string()),
@@ -114,7 +115,8 @@ def write_scores(config: EvaluationConfig, rows: list[dict[str, Any]]) -> None:
     """
     path = scores_path(config)
     sources = _noted(_read_table(path, "score"))["scorers"] if path.exists() else {}
-    sources |= {name: config.source_of(name) for name in config.scorers}
+    scored = {r["scorer"] for r in rows}
+    sources |= {name: config.source_of(name) for name in config.scorers if name in scored}
     noted = json.dumps({"protocol": config.protocol(), "scorers": sources})
     _write_table(sorted(rows, key=lambda r: (r["scorer"], r["file"])), SCORES.with_metadata({"noted": noted}), path)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.protocol import EvaluationConfig
-from evaluation.statistics import bootstrap_interval, fleiss_kappa, majority, sign_test
+from evaluation.statistics import fleiss_kappa, majority, sign_test, win_rate_interval
 from ncp.common.errors import UserError
 
 # The paper's Q2, Q1, Q3: appeal comes first, because afterwards the judge has seen the prompt.
@@ -132,7 +132,7 @@ def tally(
         if votes:
             outcomes.append(majority(votes))
     values = np.array([{"win": 1.0, "tie": 0.5, "loss": 0.0}[o] for o in outcomes])
-    low, high = bootstrap_interval(values, config.bootstrap_samples)
+    low, high = win_rate_interval(values, config.bootstrap_samples)
     wins, losses, cast = outcomes.count("win"), outcomes.count("loss"), int(np.sum(counts))
     return Tally(
         question, reference, model,

@@ -267,7 +267,7 @@ def test_an_older_versions_images_by_another_sampler_are_not_mixed(assets, tmp_p
         (["--prompts", "{}/empty.txt"], "not a single prompt in"),
         (["--prompts", "{}/other.csv"], "none of the columns prompt, caption, text"),
         (["--prompts", "{}/sd"], "model_index.json is not readable (expected a list of texts or of objects)"),
-        (["--prompts", "{}/lora"], "no .txt, .csv, .tsv, .json, .parquet files in"),
+        (["--prompts", "{}/lora"], "no .txt, .csv, .tsv, .json, .jsonl, .parquet files in"),
         (["--prompts", "{}/sd", "--prompts_files", "x*"], "files that match x* in"),
         (["--prompts", "{}/broken.parquet"], "broken.parquet is not readable"),
         (["--prompts", "{}/prompts.txt", "--prompt_column", "p"], "has no column 'p'; it has prompt"),

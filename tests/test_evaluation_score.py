@@ -78,7 +78,7 @@ def test_scores_of_another_origin_are_refused(assets, out, monkeypatch):
         ("judges_of_the_test:missing", "has no function 'missing'"),
         ("judges_of_the_test:wrong", "gave (1,) scores for 4 images"),
         ("oracle_appeal", "judges the embedded world only: not a prompt of the embedded world"),
-        ("imagereward", "not installed (pip install image-reward)"),
+        ("vqascore", "scorer 'vqascore' needs an entry in endpoints: vqascore=MODEL@URL"),
         ("hpsv2", "scorer 'hpsv2': hpsv2_checkpoints: no such file or folder: /no/such"),
     ],
 )

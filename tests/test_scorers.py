@@ -2,8 +2,6 @@
 
 import math
 import os
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from pipelines import tokenizer
 from transformers import CLIPConfig, CLIPModel
 
 from evaluation.open_clip import clip_from_open_clip
-from evaluation.protocol import SCORERS, WEIGHT_KEYS, EvaluationConfig
+from evaluation.protocol import WEIGHT_KEYS, EvaluationConfig
 from evaluation.scorers import load_scorer
 from ncp.common.config import parse
 from ncp.common.errors import UserError
@@ -182,19 +180,6 @@ def test_aesthetic_is_a_stack_of_linear_layers_on_the_image_embedding(clip_folde
     assert scorer.score(pictures, PROMPTS[::-1]) == pytest.approx(x[:, 0], rel=1e-3)  # whatever the prompt
 
 
-def test_imagereward_is_asked_as_its_package_wants(monkeypatch, pictures):
-    asked = []
-
-    def load(name, device):
-        return types.SimpleNamespace(score=lambda prompt, image: asked.append((name, device, prompt, image)) or 0.5)
-
-    monkeypatch.setitem(sys.modules, "ImageReward", types.SimpleNamespace(load=load, __spec__=None))
-    got = load_scorer("imagereward", config(), CPU).score(pictures, PROMPTS)
-    assert got == [0.5] * 3
-    assert [(a[0], a[1], a[2]) for a in asked] == [("ImageReward-v1.0", "cpu", p) for p in PROMPTS]
-    assert all(a[3] is p for a, p in zip(asked, pictures, strict=True))
-
-
 def test_the_oracle_is_three_judges():
     rng = np.random.default_rng(0)
     scenes = world.all_scenes()[::90]
@@ -206,16 +191,18 @@ def test_the_oracle_is_three_judges():
         assert np.array_equal(got, expected[question])
 
 
-@pytest.mark.parametrize("name", WEIGHT_KEYS)
-def test_a_judge_reads_its_own_keys(clip_folder, tmp_path, monkeypatch, name):
+ELSEWHERE = ("imagereward", "mps")  # whose weights tests/test_judges.py makes
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHT_KEYS if n not in ELSEWHERE])
+def test_a_judge_reads_its_own_keys(clip_folder, tmp_path, name):
     """Those by which its scores are told from others'."""
     for file in ("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"):
         torch.save(open_clip_state(), tmp_path / file)
     torch.save({"layers.0.weight": torch.ones(1, DIMENSION), "layers.0.bias": torch.ones(1)}, tmp_path / "head.pth")
-    monkeypatch.setitem(sys.modules, "ImageReward", types.SimpleNamespace(load=lambda *a, **kw: None, __spec__=None))
-    places = {"hpsv2_checkpoints": tmp_path, "aesthetic_checkpoint": tmp_path / "head.pth", "imagereward_model": "x"}
+    places = {"hpsv2_checkpoints": tmp_path, "aesthetic_checkpoint": tmp_path / "head.pth"}
     places |= dict.fromkeys(("pickscore_model", "clip_h_processor", "clip_l_model"), clip_folder)
-    assert places.keys() == {key for keys in WEIGHT_KEYS.values() for key in keys}
+    assert places.keys() == {key for judge, keys in WEIGHT_KEYS.items() if judge not in ELSEWHERE for key in keys}
     read: set[str] = set()
     c = config(*(a for item in places.items() for a in (f"--{item[0]}", item[1])), kind=recording(read))
     load_scorer(name, c, CPU)
@@ -223,9 +210,9 @@ def test_a_judge_reads_its_own_keys(clip_folder, tmp_path, monkeypatch, name):
     assert c.source_of(name) == " and ".join(str(places[key]) for key in WEIGHT_KEYS[name])
 
 
-@pytest.mark.parametrize("name", [s for s in SCORERS if not s.startswith("oracle") and s != "imagereward"])
+@pytest.mark.parametrize("name", [n for n in WEIGHT_KEYS if n != "imagereward"])
 def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path, name):
-    keys = ("pickscore_model", "clip_h_processor", "clip_l_model", "aesthetic_checkpoint", "hpsv2_checkpoints")
+    keys = {key for judge, keys in WEIGHT_KEYS.items() if judge != "imagereward" for key in keys}
     c = config(*(a for key in keys for a in (f"--{key}", tmp_path)))
     with pytest.raises(UserError) as error:
         load_scorer(name, c, CPU)
