@@ -86,14 +86,13 @@ def describe(config: TrainingConfig) -> Description:
         return read_json(name, file, config.revision, config.single_file_config)
 
     index = read("model_index.json")
-    if (index.get("text_encoder_2") and not (index.get("text_encoder") or [None])[0]) or index.get(
-        "requires_aesthetics_score"
-    ):
+    has = {part for part, value in index.items() if isinstance(value, list) and value[0]}
+    if ("text_encoder_2" in has and "text_encoder" not in has) or index.get("requires_aesthetics_score"):
         raise UserError(f"{name} is SDXL's refiner, which finishes another model's images; fine-tune the base")
     parts = {"unet", "vae", "scheduler", "text_encoder", "tokenizer"}
-    if missing := sorted(p for p in parts if not index.get(p) or not index[p][0]):
+    if missing := sorted(parts - has):
         raise UserError(f"{name}: the pipeline has no {', '.join(missing)}; expected Stable Diffusion 1.x/2.x or SDXL")
-    pipeline = StableDiffusionXLPipeline if index.get("text_encoder_2", [None])[0] else StableDiffusionPipeline
+    pipeline = StableDiffusionXLPipeline if "text_encoder_2" in has else StableDiffusionPipeline
     unet = read("unet/config.json")
     scheduler, said = read_schedule(config)
     texts = ["text_encoder", "text_encoder_2"][: 2 if pipeline is StableDiffusionXLPipeline else 1]
