@@ -143,18 +143,22 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
     name, given = config.pretrained_model_name_or_path, config.single_file_config
     scheduler = read_json(name, SCHEDULER, config.revision, given)
     own = {"prediction_type": config.prediction_type, "rescale_betas_zero_snr": config.rescale_betas_zero_snr}
-    if own := {key: value for key, value in own.items() if value is not None}:
-        return scheduler | own, f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
-    if not single_file.is_single_file(name):
-        return scheduler, "as its scheduler's config says"
-    path = Path(name)
-    said = single_file.stated(path)[1]
-    if not said and given is None and single_file.architecture(path) == "sd2":
-        raise UserError(
-            f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: v_prediction "
-            "(the models of 768 pixels) or epsilon (the base models of 512)"
-        )
-    return scheduler, said or "as nothing says otherwise"
+    own = {key: value for key, value in own.items() if value is not None}
+    said = "as its scheduler's config says"
+    if single_file.is_single_file(name):
+        said = single_file.stated(Path(name))[1]
+        unknown = not said and given is None and single_file.architecture(Path(name)) == "sd2"
+        if unknown and "prediction_type" not in own:
+            raise UserError(
+                f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: v_prediction "
+                "(the models of 768 pixels) or epsilon (the base models of 512)"
+            )
+        said = said or "as nothing says otherwise"
+    if "prediction_type" in own:
+        said = f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
+    elif own:
+        said += ", but for rescale_betas_zero_snr"
+    return scheduler | own, said
 
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
