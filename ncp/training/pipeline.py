@@ -150,8 +150,8 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
         unknown = not said and given is None and single_file.architecture(Path(name)) == "sd2"
         if unknown and "prediction_type" not in own:
             raise UserError(
-                f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: v_prediction "
-                "(the models of 768 pixels) or epsilon (the base models of 512)"
+                f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: "
+                "v_prediction (the models of 768 pixels) or epsilon (the base models of 512)"
             )
         said = said or "as nothing says otherwise"
     if "prediction_type" in own:
