@@ -352,7 +352,8 @@ def test_settings_override_what_a_file_says_and_are_announced(assets, tmp_path):
         return describe(parse(train_ncp_dpo.Config, arguments(assets, tmp_path, "marked.safetensors", *extra)))
 
     assert described().prediction.startswith("v_prediction with zero terminal SNR, as the file's tensors")
-    assert described("--rescale_betas_zero_snr", "false").prediction == "v_prediction, as rescale_betas_zero_snr says"
+    said = "v_prediction, as the file's tensors v_pred and ztsnr say, but for rescale_betas_zero_snr"
+    assert described("--rescale_betas_zero_snr", "false").prediction == said
     both = ["--rescale_betas_zero_snr", "false", "--prediction_type", "epsilon"]
     assert described(*both).prediction == "epsilon, as prediction_type and rescale_betas_zero_snr say"
     assert described("--prediction_type", "sample").prediction.startswith("sample with zero terminal SNR")

@@ -86,14 +86,13 @@ def describe(config: TrainingConfig) -> Description:
         return read_json(name, file, config.revision, config.single_file_config)
 
     index = read("model_index.json")
-    if (index.get("text_encoder_2") and not (index.get("text_encoder") or [None])[0]) or index.get(
-        "requires_aesthetics_score"
-    ):
+    has = {part for part, value in index.items() if isinstance(value, list) and value[0]}
+    if ("text_encoder_2" in has and "text_encoder" not in has) or index.get("requires_aesthetics_score"):
         raise UserError(f"{name} is SDXL's refiner, which finishes another model's images; fine-tune the base")
     parts = {"unet", "vae", "scheduler", "text_encoder", "tokenizer"}
-    if missing := sorted(p for p in parts if not index.get(p) or not index[p][0]):
+    if missing := sorted(parts - has):
         raise UserError(f"{name}: the pipeline has no {', '.join(missing)}; expected Stable Diffusion 1.x/2.x or SDXL")
-    pipeline = StableDiffusionXLPipeline if index.get("text_encoder_2", [None])[0] else StableDiffusionPipeline
+    pipeline = StableDiffusionXLPipeline if "text_encoder_2" in has else StableDiffusionPipeline
     unet = read("unet/config.json")
     scheduler, said = read_schedule(config)
     texts = ["text_encoder", "text_encoder_2"][: 2 if pipeline is StableDiffusionXLPipeline else 1]
@@ -144,18 +143,22 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
     name, given = config.pretrained_model_name_or_path, config.single_file_config
     scheduler = read_json(name, SCHEDULER, config.revision, given)
     own = {"prediction_type": config.prediction_type, "rescale_betas_zero_snr": config.rescale_betas_zero_snr}
-    if own := {key: value for key, value in own.items() if value is not None}:
-        return scheduler | own, f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
-    if not single_file.is_single_file(name):
-        return scheduler, "as its scheduler's config says"
-    path = Path(name)
-    said = single_file.stated(path)[1]
-    if not said and given is None and single_file.architecture(path) == "sd2":
-        raise UserError(
-            f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: v_prediction "
-            "(the models of 768 pixels) or epsilon (the base models of 512)"
-        )
-    return scheduler, said or "as nothing says otherwise"
+    own = {key: value for key, value in own.items() if value is not None}
+    said = "as its scheduler's config says"
+    if single_file.is_single_file(name):
+        said = single_file.stated(Path(name))[1]
+        unknown = not said and given is None and single_file.architecture(Path(name)) == "sd2"
+        if unknown and "prediction_type" not in own:
+            raise UserError(
+                f"{name}: SD 2.x comes in two kinds, and the file does not say which; set prediction_type: "
+                "v_prediction (the models of 768 pixels) or epsilon (the base models of 512)"
+            )
+        said = said or "as nothing says otherwise"
+    if "prediction_type" in own:
+        said = f"as {' and '.join(own)} say{'s' * (len(own) == 1)}"
+    elif own:
+        said += ", but for rescale_betas_zero_snr"
+    return scheduler | own, said
 
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
