@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from ncp.common.errors import UserError, run_program
 from ncp.common.files import write_file
 from ncp.common.lock import is_empty
 from ncp.training.checkpoints import fault, read_manifest
-from ncp.training.fuse import check_base, fused_pipeline, layers, save_pipeline
+from ncp.training.fuse import STATED, check_base, fused_pipeline, layers, save_pipeline
 from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.weights import WEIGHTS, read_lora
 
+# What says which the base model is, and how training saw it.
+BASE_KEYS = ("pretrained_model_name_or_path", "revision", "variant", "single_file_config", *STATED)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -53,10 +56,15 @@ class ExportConfig:
     pretrained_model_name_or_path: str | None = option(
         None,
         group="base model",
-        doc="base pipeline: folder or hub id; null: the one that the LoRA's config.yaml names",
+        doc="base pipeline: folder, hub id or .safetensors checkpoint; null: the one that the LoRA's config.yaml names",
     )
     revision: str | None = option(None, doc="hub revision of the base; null: the one in config.yaml")
     variant: str | None = option(None, doc="weight file variant of the base; null: the one in config.yaml")
+    single_file_config: str | None = option(
+        None,
+        doc="for a base that is one .safetensors file: pipeline folder or hub id with its configs and tokenizers; null: "
+        "the one in config.yaml",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,9 +105,9 @@ def find_lora(name: str) -> Path:
 def settings_of(folder: Path, config: ExportConfig) -> dict[str, Any]:
     """The LoRA's config.yaml, where there is one, with what the command line says of the base model."""
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    if config.pretrained_model_name_or_path:  # whose revision and variant are its own
-        settings |= {"revision": None, "variant": None}
-    given = {key: getattr(config, key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+    if config.pretrained_model_name_or_path:  # about which config.yaml says nothing
+        settings |= dict.fromkeys(BASE_KEYS)
+    given = {key: getattr(config, key, None) for key in BASE_KEYS}
     return settings | {key: value for key, value in given.items() if value is not None}
 
 
@@ -122,12 +130,11 @@ def write_fused(
     output: Path, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype
 ) -> None:
     """Writes the base pipeline with the LoRA in its weights, whole or not at all."""
-    base = settings.get("pretrained_model_name_or_path")
-    if base is None:
+    if settings.get("pretrained_model_name_or_path") is None:
         raise UserError("fuse needs pretrained_model_name_or_path: the LoRA's folder has no config.yaml that names it")
-    revision, variant = settings.get("revision"), settings.get("variant")
-    check_base(base, revision, state)
-    pipe = fused_pipeline(base, revision, variant, state, alpha, dtype)
+    base = SimpleNamespace(**{key: settings.get(key) for key in BASE_KEYS})
+    check_base(base, state)
+    pipe = fused_pipeline(base, state, alpha, dtype)
     with explain_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_file(output, partial(save_pipeline, pipe))

@@ -9,24 +9,29 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from ncp.common import hub
 from ncp.common.errors import UserError
-from ncp.training.pipeline import PIPELINES, read_json
+from ncp.training import single_file
+from ncp.training.pipeline import PIPELINES, read_json, read_schedule, scheduler_like
+
+STATED = ("prediction_type", "rescale_betas_zero_snr")
 
 
-def check_base(name: str, revision: str | None, state: Mapping[str, torch.Tensor]) -> Any:
+def check_base(base: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """The class of the base pipeline, from its JSON; no weight is loaded. state: the LoRA under peft's names.
+    base: the keys of a training config that say what the base model is.
 
     Raises UserError if it is neither Stable Diffusion nor SDXL, or if its U-Net lacks a layer of the LoRA, or has it in
     another size.
     """
-    kind = read_json(name, "model_index.json", revision).get("_class_name")
+    name, given = base.pretrained_model_name_or_path, base.single_file_config
+    kind = read_json(name, "model_index.json", base.revision, given).get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"{name}: a {kind}; expected {' or '.join(PIPELINES)}")
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(name, "unet/config.json", revision))
+        unet = UNet2DConditionModel.from_config(read_json(name, "unet/config.json", base.revision, given))
     weights = dict(unet.named_parameters())
     for layer, (down, up) in layers(state).items():
         shape = (len(up), down.shape[1])
@@ -54,26 +59,33 @@ def fuse(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], alpha: float)
         weights[f"{layer}.weight"].add_(up.float() @ down.float(), alpha=alpha / len(down))
 
 
-def fused_pipeline(
-    name: str,
-    revision: str | None,
-    variant: str | None,
-    state: Mapping[str, torch.Tensor],
-    alpha: float,
-    dtype: torch.dtype,
-) -> Any:
+def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> Any:
     """The base pipeline with the LoRA in its U-Net, on the CPU, in `dtype`. The sum is taken in float32.
 
-    Raises UserError if the base cannot be loaded.
+    Its scheduler is the base's own, or DDIM where training saw the base otherwise than its files say. Safety checker and
+    feature extractor are left out. Raises UserError if the base cannot be loaded.
     """
-    kind = check_base(name, revision, state)
+    kind, name = check_base(base, state), base.pretrained_model_name_or_path
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    where = {"revision": revision, "variant": variant}
+    schedule, _ = read_schedule(base)
+    extra: dict[str, Any] = {"feature_extractor": None}
+    if kind is PIPELINES["StableDiffusionPipeline"]:
+        extra |= {"safety_checker": None, "requires_safety_checker": False}
+    where = {"revision": base.revision, "variant": base.variant}
     with hub.loading(name):
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **where)
-        fuse(unet, state, alpha)
-        return kind.from_pretrained(name, unet=unet.to(dtype), dtype=dtype, **where)
+        if single_file.is_single_file(name):
+            path, given = Path(name), base.single_file_config
+            unet = single_file.load_part(path, given, UNet2DConditionModel, "unet", torch.float32)
+            fuse(unet, state, alpha)
+            pipe = single_file.load_pipeline(path, given, kind, dtype, unet=unet.to(dtype), **extra)
+        else:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **where)
+            fuse(unet, state, alpha)
+            pipe = kind.from_pretrained(name, unet=unet.to(dtype), dtype=dtype, **extra, **where)
+    if any(pipe.scheduler.config.get(key) != schedule.get(key) for key in STATED if schedule.get(key)):
+        pipe.register_modules(scheduler=scheduler_like(DDIMScheduler, schedule))
+    return pipe
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
