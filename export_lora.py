@@ -62,8 +62,8 @@ class ExportConfig:
     variant: str | None = option(None, doc="weight file variant of the base; null: the one in config.yaml")
     single_file_config: str | None = option(
         None,
-        doc="for a base that is one .safetensors file: pipeline folder or hub id with its configs and tokenizers; null: "
-        "the one in config.yaml",
+        doc="for a base that is one .safetensors file: pipeline folder or hub id with its configs and tokenizers; "
+        "null: the one in config.yaml",
     )
 
 

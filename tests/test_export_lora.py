@@ -242,7 +242,7 @@ REFUSED = {
     "no base": (_of((PAIR, {})), "fuse needs pretrained_model_name_or_path"),
     "a base that is not there": (
         lambda f, out, base: ["--lora", out, "--fuse", "--pretrained_model_name_or_path", f / "none"],
-        "no such model folder",
+        "no such model file or folder",
     ),
     "a base of other size": (_smaller_base, r"attn2.to_k is 32 x 48, and the LoRA is for 32 x 32; another base"),
     "a base without the layer": (_base_without_the_layer, "its U-Net has no down_blocks.0.attentions.0"),

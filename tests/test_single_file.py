@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from layouts import build, ldm_unet, ldm_vae, save_as_on_hub, single_file
 from pipelines import SIDE, save_dataset, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import cache_latents
+import export_lora
 import train_ncp_dpo
 from ncp.common import hub, lock
 from ncp.common.config import parse, read_yaml
@@ -371,3 +372,18 @@ def test_a_checkpoint_from_before_these_keys_is_resumed(assets, tmp_path, monkey
         run([*argv, "--prediction_type", "v_prediction"])
     run(argv)
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_a_lora_is_fused_into_a_file_as_training_saw_it(assets, tmp_path):
+    """Trained on a file marked as v-prediction with zero terminal SNR, which diffusers does not read from it."""
+    out = tmp_path / "out"
+    run(arguments(assets, out, "marked.safetensors", "--lora_alpha", 2))
+    export_lora.main(["--lora", str(out), "--fuse", "--output", str(tmp_path / "fused")])
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "fused")
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.rescale_betas_zero_snr
+    lora, base = load_file(out / WEIGHTS), build(xl=True).unet.state_dict()
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    up, down = (lora[f"unet.{layer}.lora.{part}.weight"] for part in ("up", "down"))
+    expected = base[f"{layer}.weight"] + 2 / 4 * up @ down
+    torch.testing.assert_close(pipe.unet.state_dict()[f"{layer}.weight"], expected)
+    assert not torch.equal(expected, base[f"{layer}.weight"])

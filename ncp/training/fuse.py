@@ -62,8 +62,8 @@ def fuse(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], alpha: float)
 def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> Any:
     """The base pipeline with the LoRA in its U-Net, on the CPU, in `dtype`. The sum is taken in float32.
 
-    Its scheduler is the base's own, or DDIM where training saw the base otherwise than its files say. Safety checker and
-    feature extractor are left out. Raises UserError if the base cannot be loaded.
+    Its scheduler is the base's own, or DDIM where training saw the base otherwise than its files say. Safety checker
+    and feature extractor are left out. Raises UserError if the base cannot be loaded.
     """
     kind, name = check_base(base, state), base.pretrained_model_name_or_path
     diffusers.utils.logging.disable_progress_bar()
