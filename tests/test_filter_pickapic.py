@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filter_data import SCHEMA, config, files, filtered, games, many_games, read_output, row, slow, table, write_shards
+from filter_data import SCHEMA, files, filtered, games, many_games, read_output, row, slow, table, write_shards
 from PIL import Image
 from support import python
 
@@ -234,18 +233,6 @@ def test_a_full_disk_is_one_line(tmp_path, many_rows, monkeypatch, at):
         filtered(write_shards(tmp_path / "in", many_rows), tmp_path / "out", "--rows_per_file", 15)
     left = {Path(name).name for name in files(tmp_path / "out")} if (tmp_path / "out").exists() else set()
     assert at not in left and not [name for name in left if name.endswith(".tmp")]
-
-
-@pytest.mark.parametrize("name", ["filter_pickapic", "tiny_filter"])
-def test_shipped_configs_name_every_key_with_its_default(name):
-    path = ROOT / "configs" / f"{name}.yaml"
-    made = dataclasses.asdict(parse(FilterConfig, ["--config", str(path)]))
-    keys = [line.split(":")[0] for line in path.read_text().splitlines() if line and line[0].isalpha()]
-    assert sorted(keys) == sorted(made)
-    own = {"dataset_name", "output_dir"} | ({"rows_per_file"} if name == "tiny_filter" else set())
-    assert {k: v for k, v in made.items() if k not in own} == {
-        k: v for k, v in dataclasses.asdict(config()).items() if k not in own
-    }
 
 
 def test_every_training_config_reads_what_a_filter_config_writes():

@@ -15,7 +15,7 @@ from pipelines import SIDE
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.architectures import SD15, SDXL
+from benchmarks.architectures import description
 from ncp.common.errors import UserError
 from ncp.training.checkpoints import read_manifest
 from ncp.training.kohya import base_model, file_name, kohya_state
@@ -57,7 +57,7 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out_0"]
 def full_size(request) -> tuple[str, dict[str, torch.Tensor]]:
     """The published U-Net's name, and the weights of a LoRA of rank 3 on it; it has its size, and no storage."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**(SD15 if request.param == "sd15" else SDXL))
+        unet = UNet2DConditionModel.from_config(description(request.param).unet)
         unet.add_adapter(LoraConfig(r=3, target_modules=LORA_TARGETS))
     return request.param, {k: torch.ones(v.shape) for k, v in get_peft_model_state_dict(unet).items()}
 

@@ -216,7 +216,7 @@ BAD = {
     "unknown key": (lambda a, t: ["--train_batchsize", "2"], "did you mean --train_batch_size?"),
     "wrong type": (lambda a, t: ["--rank", "many"], "--rank is 'many'; expected an integer"),
     "out of range": (lambda a, t: ["--proportion_empty_prompts", "2"], "expected at most 1"),
-    "no model": (lambda a, t: ["--pretrained_model_name_or_path", str(t / "none")], "no such model folder"),
+    "no model": (lambda a, t: ["--pretrained_model_name_or_path", str(t / "none")], "no such model file or folder"),
     "not a pipeline": (lambda a, t: ["--pretrained_model_name_or_path", str(a)], "model_index.json is missing"),
     "no dataset": (lambda a, t: ["--dataset_name", str(t / "none")], "no such file or folder"),
     "empty dataset": (lambda a, t: ["--dataset_name", str(a / "sd")], "no parquet files in"),
