@@ -2,10 +2,13 @@
 
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support import ROOT, started
 
 from ncp.common import files
@@ -172,3 +175,14 @@ def test_a_sampled_digest_tells_names_sizes_and_both_ends_apart(tmp_path, monkey
     assert len(seen) == 5
     both = [tmp_path / "a", tmp_path / "b"]
     assert sampled_sha256(both) == sampled_sha256(both[::-1]) not in seen
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors writes 0600, whatever the umask is."""
+    save_file({"x": torch.ones(2)}, tmp_path / "plain")
+    write_file(tmp_path / "one", lambda path: save_file({"x": torch.ones(2)}, path))
+    write_file(tmp_path / "many", lambda path: (path.mkdir(), save_file({"x": torch.ones(2)}, path / "x")))
+    ordinary = tmp_path / "text"
+    ordinary.write_text("")
+    wanted = stat.S_IMODE(ordinary.stat().st_mode)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one", "many/x")] == [wanted] * 2

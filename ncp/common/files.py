@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE_BYTES = 1 << 16
+UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -40,9 +42,10 @@ def temporary_for(path: Path) -> Path:
 def put_in_place(temporary: Path, path: Path) -> None:
     """Gives a finished file or folder its name, once the disk has its content."""
     is_folder = temporary.is_dir()
-    for file in [*temporary.rglob("*")] if is_folder else []:
+    for file in [*temporary.rglob("*"), temporary] if is_folder else [temporary]:
+        if file.is_file():
+            os.chmod(file, 0o666 & ~UMASK)  # safetensors makes files that nobody else may read
         _wait_for_disk(file)
-    _wait_for_disk(temporary)
     if is_folder:
         remove(path)  # a folder cannot replace another
     os.replace(temporary, path)
