@@ -10,6 +10,7 @@ weigh appeal and alignment each in their own way, so that even one who never err
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,7 +29,8 @@ from tiny.preferences import DATA
 def winners_margin() -> np.ndarray:
     """Score of the labelled winner minus the loser's, of each row in file order; NaN for a tie or no label."""
     columns = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"]
-    margins, scores = [], {}
+    margins: list[float] = []
+    scores: dict[str, float] = {}
     for file in sorted(DATA.glob("train-*.parquet")):
         for row in pq.read_table(file, columns=columns).to_pylist():
             pair = []
@@ -53,16 +55,24 @@ def agreement(margins: np.ndarray) -> list[str]:
     return [f"{len(margins):,}", f"{right / len(margins):.1%} [{low:.1%}, {high:.1%}]", f"{margins.mean():+.3f}"]
 
 
+# Rules, and what else can be asked for with the paper's.
+SETTINGS: list[dict[str, Any]] = [
+    *({"rule": rule} for rule in RULES[:3]),
+    {"rule": "absolute_winners", "min_wins": 2},
+    {"rule": "absolute_winners", "pairs_per_winner": "all"},
+]
+
+
 def main() -> None:
     margins = winners_margin()
     rows = [["rule", "rows", "decisive", "winner scores more", "mean margin"]]
-    for rule in RULES[:3]:
-        config = FilterConfig(dataset_name=str(DATA), output_dir="-", rule=rule)
+    for settings in SETTINGS:
+        config = FilterConfig(dataset_name=str(DATA), output_dir="-", **settings)
         shards, _ = open_shards(config)
         decision = decide(read_metadata(shards, config), config)
-        rows.append([rule, "kept", *agreement(margins[decision.why == 0])])
-        removed = agreement(margins[decision.why != 0])
-        rows.append(["", "removed", *removed])
+        name = ", ".join([settings["rule"], *(f"{k}: {v}" for k, v in settings.items() if k != "rule")])
+        rows.append([name, "kept", *agreement(margins[decision.why == 0])])
+        rows.append(["", "removed", *agreement(margins[decision.why != 0])])
         for number, (reason, count) in enumerate(decision.dropped.items(), 1):
             if count and reason not in ("tie", "unlabeled"):
                 rows.append(["", reason, *agreement(margins[decision.why == number])])
