@@ -178,7 +178,7 @@ class Arm:
         return peak_memory_gib(self.device)
 
     def tensors_gib(self) -> float:
-        """Bytes in GiB of all parameters and optimizer state (each storage once), plus the peak of a step's tensors."""
+        """GiB of all parameters and optimizer state (each storage once), plus the peak of a step's other tensors."""
         modules = [self.m.unet, self.m.reference, self.m.encoder, getattr(self, "copy", None)]
         if self.m.pipe is not None:
             modules += [part for part in self.m.pipe.components.values() if isinstance(part, torch.nn.Module)]

@@ -50,9 +50,9 @@ def win_rates(results: list[Result]) -> bytes:
 
 
 def curves(points: list[CurvePoint], reference: dict[str, float], name: str, by: str) -> bytes:
-    """Scores against `by` ("step" or "seconds"), one row of panels per judge, one line per run.
+    """Scores against `by` ("step" or "seconds"), one panel per judge, one line per run.
 
-    Left: the gain over the model called `name`, with its 95% interval. Right: the mean score.
+    Left axis: the gain over the model called `name`, with its 95% interval. Right axis: the mean score.
     reference: that model's mean score by judge.
     """
     judges = list(dict.fromkeys(p.judge for p in points))

@@ -264,7 +264,7 @@ class Comparison:
     loss_ratio: float  # ratio of the mean PL
     cosine: float  # between the LoRA gradients
     norm_ratio: float
-    logit_error: float  # root mean square; next the logit's own
+    logit_error: float  # root mean square of the error; below, of the logit
     logit: float
     zeros: float  # share of the gradient's elements that are wrongly 0
     below_epsilon: float  # share of the true elements below AdamW's epsilon of 1e-8

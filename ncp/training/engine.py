@@ -24,7 +24,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
-            # Policy, reference and encoder share the weights of one frozen U-Net, which cannot be sharded.
+            # Policy, reference and encoder share the weights of one frozen U-Net. Sharding would end this sharing.
             raise UserError(
                 f"accelerate is configured for {engine}, which is not supported; use DDP (docs/robustness.md)"
             )
