@@ -179,7 +179,7 @@ def as_text(value: Any) -> str:
 
 # ---------------------------------------------------------------- conversion
 
-_SHORT = reprlib.Repr()  # a few bytes of YAML can stand for gigabytes
+_SHORT = reprlib.Repr()  # for messages: a few bytes of YAML (aliases) can expand to gigabytes
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
