@@ -1,10 +1,11 @@
-"""Is what the filter removes noise or taste? How often kept and removed judgements agree with the oracle.
+"""Does the filter remove noise or taste? Measures how often kept and removed judgements agree with the oracle.
 
     python -m study.agreement
 
-For each rule: of the decisive rows that it keeps, and of those that it removes, by reason, the share whose winner
-scores more by `overall` of tiny/oracle.py, with the 95% interval of Clopper and Pearson. 50% is noise. The annotators
-weigh appeal and alignment each in their own way, so that even one who never errs does not reach 100%.
+For each rule there are two groups: the decisive rows that it keeps, and those that it removes, by reason. For each
+group the table has the share of rows whose winner has the higher `overall` score of tiny/oracle.py, with the 95%
+interval of Clopper and Pearson. 50% is noise. Each annotator has different weights for appeal and alignment, so even an
+annotator without errors does not reach 100%.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tiny.preferences import DATA
 
 
 def winners_margin() -> np.ndarray:
-    """Score of the labelled winner minus the loser's, of each row in file order; NaN for a tie or no label."""
+    """The winner's score minus the loser's, per row in file order; NaN for a tie or a row without a label."""
     columns = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"]
     margins: list[float] = []
     scores: dict[str, float] = {}
@@ -46,7 +47,7 @@ def winners_margin() -> np.ndarray:
 
 
 def agreement(margins: np.ndarray) -> list[str]:
-    """[rows, share above 0 with its interval, mean margin] of the decisive ones."""
+    """[rows, share above 0 with its interval, mean margin] of the decisive rows."""
     margins = margins[~np.isnan(margins)]
     if not len(margins):
         return ["0", "–", "–"]
