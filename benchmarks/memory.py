@@ -1,4 +1,4 @@
-"""Which settings fit into which GPU, by the estimate of ncp/memory.py: a Markdown table.
+"""Which settings fit into which GPU, by the estimate of ncp/training/memory.py: a Markdown table.
 
     python benchmarks/memory.py
 
