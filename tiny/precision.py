@@ -266,7 +266,6 @@ class Comparison:
     logit_error: float  # root mean square, and of the logit itself
     logit: float
     zeros: float  # share of the gradient's elements that are 0 and should not be
-    below_epsilon: float  # share of the true elements below AdamW's epsilon of 1e-8
 
 
 def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **keys: Any) -> Comparison:
@@ -283,7 +282,6 @@ def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **k
         logit_error=error,
         logit=rms,
         zeros=float((ours.gradient[nonzero] == 0).double().mean()),
-        below_epsilon=float((exact.gradient[nonzero].abs() < 1e-8).double().mean()),
     )
 
 
