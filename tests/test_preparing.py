@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from filter_data import filtered
 from pipelines import SIDE, save_pipeline
 from preference_sets import PROMPTS, SETS, hpdv2, picture, prepared, save_chosen_rejected
+from runs import call
 from support import python, started, wait_for
 
 import prepare_preferences
@@ -63,14 +63,12 @@ def test_a_set_is_converted_filtered_and_trained_on(pipeline, tmp_path, capsys, 
 
 def train(pipeline, data, out, *extra: object) -> None:
     """Two steps of NCP-DPO."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     settings = {
         "pretrained_model_name_or_path": pipeline, "dataset_name": data, "output_dir": out, "resolution": SIDE,
         "cache_dir": out.parent / "arrow", "mixed_precision": "no", "max_train_steps": 2, "train_batch_size": 2,
         "rank": 4, "use_8bit_adam": "false", "report_to": "none", "dataloader_num_workers": 0,
     }  # fmt: skip
-    train_ncp_dpo.main([*(str(a) for k, v in settings.items() for a in (f"--{k}", v)), *map(str, extra)])
+    call(train_ncp_dpo.main, [*(str(a) for k, v in settings.items() for a in (f"--{k}", v)), *map(str, extra)])
     assert (out / "pytorch_lora_weights.safetensors").is_file()
 
 
