@@ -17,7 +17,9 @@ from pipelines import jpeg, save_dataset
 from runs import SCRIPTS, altered, arguments, launch, run_here, weights
 from support import ROOT, free_port, python, ranks_of, started
 
+from ncp.common.config import read_yaml
 from ncp.common.errors import UserError
+from ncp.training import resume
 from ncp.training.checkpoints import fault, newest
 from ncp.training.resume import MAY_CHANGE
 from ncp.training.settings import TrainingConfig
@@ -54,6 +56,17 @@ def half(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half") / "out"
     run_here("dpo", arguments(assets, folder, "--train_batch_size", "4"))
     return folder
+
+
+def test_a_key_that_an_older_checkpoint_lacks_counts_as_its_default(assets, half, tmp_path, monkeypatch):
+    new = ("secant", "encoder_blocks", "prediction_type")
+    monkeypatch.setattr(resume, "read_yaml", lambda path: {k: v for k, v in read_yaml(path).items() if k not in new})
+    argv = arguments(assets, shutil.copytree(half, tmp_path / "out"), "--train_batch_size", "4")
+    argv += ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    with pytest.raises(UserError, match=r"it has secant auto \(this run: 16\)$"):
+        run_here("dpo", [*argv, "--secant", "16"])
+    run_here("dpo", argv)
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
 
 OTHER_RUNS = {
