@@ -350,6 +350,10 @@ REFUSED = {
         ["--format", "hpdv3"],
         r"train\.json: column path1, path2 is missing; format hpdv3 reads prompt, path1, path2; the file has prompt, f",
     ),
+    "another format in parquet": (
+        ["--dataset_name", "{tmp}/other.parquet"],
+        r"column prompt, file_path, human_preference is missing; .*; the file has prompts, votes$",
+    ),
     "broken JSON": (["--dataset_name", "{tmp}/broken.json"], r"broken\.json: not valid JSON"),
     "cut JSON": (["--dataset_name", "{tmp}/cut.json"], r"cut\.json: .*(not valid JSON|has no end)"),
     "no rows but numbers": (["--dataset_name", "{tmp}/numbers.json"], r"expected rows of names and values, found int"),
@@ -382,6 +386,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, case):
         "numbers.json": b"[1, 2]", "binary.json": b"\xff\xfe\x00", "bad.parquet": b"PAR1", "empty.json": b"[]",
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.table({"prompts": ["a"], "votes": [1]}), tmp_path / "other.parquet")
     (tmp_path / "json").mkdir()
     (tmp_path / "json/a.json").write_text("[]")
     (tmp_path / "json/b.csv").write_text("")
