@@ -35,8 +35,7 @@ input; `report.html` shows them, and samples of what was kept and removed, to a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from filtering.copy import copy_pairs, output_names
@@ -49,6 +48,7 @@ from filtering.settings import FilterConfig
 from filtering.source import open_shards, read_metadata
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
+from ncp.common.files import explain_write_errors
 from ncp.common.lock import one_writer
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     findings = gather(judgements, decision)
     del judgements  # 250 MB that the copy can use
     names = output_names(len(decision.row), config)
-    with explain_write_errors(folder), one_writer(folder, config.shard):
+    with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder, config.shard):
         if is_finished(folder, config.dataset_name, plan):
             raise UserError(f"output_dir: another run has just finished {folder}")
         mark_unfinished(folder, plan, config.shard)
@@ -86,15 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_report(shards, manifest, findings, config)
         write_manifest(folder, manifest)
     print(f"wrote {len(decision.row):,} pairs to {folder}; what was kept and removed: {folder / 'report.html'}")
-
-
-@contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns what the system refuses inside the block into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ The counts in manifest.json add up: pairs = dropped (by reason) + decisive + tie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
-from ncp.common.files import write_file
+from ncp.common.files import explain_write_errors, write_file
 from ncp.common.lock import one_writer
 from preparing.manifest import (
     describe_output,
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_progress(folder, plan)[2]:
         print(f"{folder} already holds this; nothing to do")
         return
-    with explain_write_errors(folder), one_writer(folder):
+    with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder):
         tally, outputs, finished = find_progress(folder, plan)
         if finished:
             raise UserError(f"output_dir: another run has just finished {folder}")
@@ -99,15 +98,6 @@ def refuse_inside(folder: Path, config: PrepareConfig) -> None:
     dataset = Path(config.dataset_name)
     if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
         raise UserError(f"output_dir: {folder} lies inside the dataset; choose a folder outside {dataset}")
-
-
-@contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns what the system refuses inside the block into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":
