@@ -62,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = images_folder(config)
     plan, folder = describe_run(files, config), Path(config.output_dir)
     refuse_inside(folder, config)
-    if find_progress(folder, plan)[2]:
-        print(f"{folder} already holds this; nothing to do")
+    before, _, finished = find_progress(folder, plan)
+    if finished:
+        bad = before.dropped["missing_image"] + before.dropped["unreadable_image"]
+        without = f" (bad images: {bad:,} pairs are left out; to try them again, delete it first)" if bad else ""
+        print(f"{folder} already holds this{without}; nothing to do")
         return
     with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder):
         tally, outputs, finished = find_progress(folder, plan)

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -403,6 +404,27 @@ def test_an_output_inside_the_dataset_is_refused(tmp_path):
     arguments = SETS["chosen_rejected"](tmp_path)
     with pytest.raises(UserError, match="lies inside the dataset"):
         prepared(arguments, tmp_path / "out")
+
+
+def test_another_input_of_the_same_name_and_size_is_refused(tmp_path):
+    arguments = SETS["hpdv3"](tmp_path)
+    prepared(arguments, tmp_path / "out")
+    file = Path(arguments[arguments.index("--dataset_name") + 1])
+    text = file.read_text()
+    file.write_text(text.replace(PROMPTS[0], PROMPTS[0][::-1]))
+    assert file.stat().st_size == len(text.encode()) and file.read_text() != text
+    with pytest.raises(UserError, match=r"another run's output \(other inputs\)"):
+        prepared(arguments, tmp_path / "out")
+
+
+def test_a_finished_folder_says_what_it_was_made_without(tmp_path, capsys):
+    arguments = hpdv2(tmp_path)
+    (tmp_path / "train" / "02.jpg").unlink()  # of one pair
+    prepared(arguments, tmp_path / "out", "--bad_images", "skip")
+    capsys.readouterr()
+    prepare_preferences.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "already holds this (bad images: 1 pairs are left out; to try them again, delete it first)" in said
 
 
 def test_a_changed_output_is_refused(tmp_path):
