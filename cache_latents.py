@@ -1,13 +1,16 @@
-"""Encodes a dataset's images and prompts once, so that training need not do it at every step.
+"""Encodes a dataset's images and prompts once, so that training does not have to do it in every step.
 
     accelerate launch cache_latents.py --config configs/sdxl_ncp_dpo.yaml --cached_latents data/cache-sdxl
     accelerate launch train_ncp_dpo.py --config configs/sdxl_ncp_dpo.yaml --cached_latents data/cache-sdxl
 
-It takes the config of any training script, so that the two cannot disagree, and writes the folder that
-`cached_latents` names: VAE moments (mean and log-variance in float16, so that the sampling noise of the posterior
-survives) of every distinct image, mirrored too if `random_flip` is on, and embeddings of every distinct prompt and
-of the empty one. All processes share the work. A shard of the cache is there whole or not at all; a second run
-writes the missing ones. Format: ncp/training/cache.py.
+It takes the config of any training script, so that the two cannot disagree. It writes into the folder `cached_latents`
+
+- VAE moments of every distinct image, and of the mirrored image if `random_flip` is on: mean and log-variance in
+  float16, so that training still samples the posterior;
+- embeddings of every distinct prompt and of the empty one.
+
+All processes share the work. Each shard of the cache is written atomically; a second run writes the missing ones.
+The format is described in ncp/training/cache.py.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from ncp.training.models import load_pipe
 from ncp.training.pairs import Pairs, open_pairs
 from ncp.training.pipeline import Description, describe
 
-PIXELS_PER_BATCH = 1024 * 1024  # of images decoded at once: one of SDXL, four of SD 1.5, twice that with flips
+PIXELS_PER_BATCH = 1024 * 1024  # one image for SDXL, four for SD 1.5, twice that with mirrored ones
 
 
 @dataclass(kw_only=True)
@@ -53,7 +56,7 @@ class Config(train_ncp_cpo.Config, train_ncp_sft.Config):
 
 
 class Images(Dataset):
-    """Distinct images by position: pixels uint8 (F, 3, R, R), the mirrored one second, time_ids (6,); or an error."""
+    """Distinct images by position: pixels uint8 (F, 3, R, R), mirrored image second, and time_ids (6,); or an error."""
 
     def __init__(self, config: Config, pairs: Pairs, places: np.ndarray):
         self.config, self.pairs, self.places = config, pairs, places
@@ -75,7 +78,7 @@ class Images(Dataset):
 
 
 def batches(images: Images, positions: list[int], config: Config) -> Iterator[dict[str, torch.Tensor]]:
-    """The images at these positions, a few at a time. Raises UserError at an unreadable image."""
+    """Yields the images at these positions in small batches. Raises UserError for an unreadable image."""
     size = max(1, PIXELS_PER_BATCH // config.resolution**2)
     chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
     loader = DataLoader(
@@ -130,7 +133,7 @@ def prompt_shard(pipe: Any, prompts: list[str], bar: tqdm) -> dict[str, torch.Te
 
 
 def plan(config: Config, description: Description, kinds: dict[str, pa.Array]) -> dict[str, Any]:
-    """The manifest but for the files: fingerprint, entries, and how many of them make a shard."""
+    """The manifest without the files: fingerprint, number of entries, and entries per shard."""
     sizes = cache.sizes(config, description)
     return {
         "tool": "cache_latents",
@@ -142,7 +145,7 @@ def plan(config: Config, description: Description, kinds: dict[str, pa.Array]) -
 
 
 def missing_shards(folder: Path, wanted: dict[str, Any], kinds: dict[str, pa.Array]) -> list[tuple[str, int]]:
-    """(kind, number) of the shards that are still to be written. Raises UserError if the folder holds anything else."""
+    """(kind, number) of the shards that are missing. Raises UserError if the folder holds anything but this cache."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cached_latents: {folder} is a file")
     if (folder / "manifest.json").exists():
@@ -161,7 +164,7 @@ def missing_shards(folder: Path, wanted: dict[str, Any], kinds: dict[str, pa.Arr
 def print_plan(
     config: Config, wanted: dict[str, Any], todo: int, sizes: dict[str, int], accelerator: Accelerator
 ) -> None:
-    """Says what is about to be written. Raises UserError if the disk has no room for it."""
+    """Prints what will be written. Raises UserError if the disk has no room for it."""
     folder = Path(config.cached_latents or "").absolute()
     entries = wanted["entries"]
     done = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -224,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with refused, one_writer(folder, processes=accelerator):
         if missing_shards(folder, wanted, kinds) != todo:
             raise UserError(f"cached_latents: another run has just written to {folder}; start again")
-        accelerator.wait_for_everyone()  # all have looked before any writes
+        accelerator.wait_for_everyone()  # all processes have checked the folder before one writes
         if accelerator.is_main_process and not (folder / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             for kind, column in cache.INDEX_COLUMNS.items():

@@ -1,16 +1,16 @@
-"""Did it get better? Images by every model from the same seeds, scores by several judges, win-rates with intervals.
+"""Compares models: images by every model from the same seeds, scores by several judges, win-rates with intervals.
 
     accelerate launch evaluate.py generate --config configs/eval_tiny.yaml
     accelerate launch evaluate.py score --config configs/eval_tiny.yaml
     python evaluate.py compare --config configs/eval_tiny.yaml
 
-And by human judges: a blinded page for them, and the count of the votes that they send back.
+For human judges, `annotate` makes a blinded page, and `count` counts the votes that they send back:
 
     python evaluate.py annotate --config configs/eval_tiny.yaml
     python evaluate.py count --config configs/eval_tiny.yaml --votes A.json B.json C.json
 
-One config describes the whole protocol. Each step leaves files in `output_dir` that the next one reads, continues
-after an interruption, and refuses to mix protocols. docs/evaluation.md says more.
+One config describes the whole protocol. Each step writes files into `output_dir` that the next step reads. It can
+continue after an interruption, and refuses to mix protocols. Details are in docs/evaluation.md.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from ncp.common.config import parse, read_yaml
 from ncp.common.errors import UserError, run_program
 from ncp.common.lock import one_writer
 
-# Each step imports what it needs as it begins: PyTorch and diffusers take seconds, which --help and refusals need not.
+# Each step imports what it needs when it begins: PyTorch and diffusers take seconds to import, and --help and most
+# error messages do not need them.
 
 
 def generate(config: EvaluationConfig) -> None:
-    """Draws the images. Several processes may share it."""
+    """Draws the images. Several processes may share the work."""
     from evaluation.generate import generate
     from evaluation.processes import processes
 
@@ -37,7 +38,7 @@ def generate(config: EvaluationConfig) -> None:
 
 
 def score(config: EvaluationConfig) -> None:
-    """Has every judge score every image. Several processes may share it."""
+    """Scores every image with every judge. Several processes may share the work."""
     from evaluation.processes import processes
     from evaluation.score import score
 
@@ -46,7 +47,7 @@ def score(config: EvaluationConfig) -> None:
 
 
 def compare(config: EvaluationConfig) -> None:
-    """Compares the scores, and writes the report; with the human judges' votes, if the config names them."""
+    """Compares the scores and writes the report, with the human judges' votes if the config names them."""
     from evaluation.compare import compare
     from evaluation.report import write_report
     from evaluation.votes import count_votes
@@ -77,7 +78,7 @@ STEPS = {"generate": generate, "score": score, "compare": compare, "annotate": a
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the step that the first argument names (default: of `sys.argv`), with the config that the others give."""
+    """Runs the step named by the first argument, with the config given by the others (default: `sys.argv[1:]`)."""
     step, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if step in ("-h", "--help"):
         print(__doc__ + "\nevaluate.py generate --help lists the keys.")
@@ -102,7 +103,7 @@ def refuse_annotate_key(arguments: Sequence[str]) -> None:
 
 
 def join_lists(arguments: Sequence[str]) -> list[str]:
-    """`--votes a.json b.json`, as a shell writes `--votes *.json`, in the form of every other list."""
+    """Rewrites `--votes a.json b.json`, which a shell makes of `--votes *.json`, in the form of every other list."""
     arguments = list(arguments)
     if "--votes" not in arguments:
         return arguments

@@ -1,13 +1,14 @@
-"""Takes a trained LoRA to other programs: one file for ComfyUI, Forge and AUTOMATIC1111, or a pipeline without a LoRA.
+"""Exports a trained LoRA: as one file for ComfyUI, Forge and AUTOMATIC1111, or fused into a pipeline without a LoRA.
 
     python export_lora.py --lora output/sdxl-ncp-dpo
     python export_lora.py --lora output/sdxl-ncp-dpo/checkpoint-24 --precision fp16 --output loras/ncp-24.safetensors
     python export_lora.py --lora output/sdxl-ncp-dpo --fuse --precision fp16 --output models/sdxl-ncp
 
-`lora` is the output folder of a training script or one of its checkpoints, of this version or an older one; any folder
-with a U-Net's LoRA in diffusers' format will do. The file has kohya's key names and metadata (ncp/training/kohya.py).
-A finished run has it already, in float32. With `fuse` the LoRA is added to the base model's weights, and the whole
-pipeline is written as a diffusers folder. The sum is taken in float32, and rounded once to `precision`.
+`lora` is the output folder of a training script or one of its checkpoints, of this version or an older one. Any other
+folder with a U-Net's LoRA in diffusers' format works too. The file has kohya's key names and metadata
+(ncp/training/kohya.py); a finished run already contains it, in float32. With `fuse` the LoRA is added to the base
+model's weights, and the whole pipeline is written as a diffusers folder. The sum is computed in float32 and rounded
+once to `precision`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ncp.training.fuse import STATED, check_base, fused_pipeline, layers, save_p
 from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.weights import WEIGHTS, read_lora
 
-# What says which the base model is, and how training saw it.
+# Config keys that identify the base model and how training used it.
 BASE_KEYS = ("pretrained_model_name_or_path", "revision", "variant", "single_file_config", *STATED)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_lora(name: str) -> Path:
-    """The folder, if there is a LoRA in it. Raises UserError if there is none, or if a checkpoint is damaged."""
+    """The folder, if it contains a LoRA. Raises UserError if it does not, or if it is a damaged checkpoint."""
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"lora: no such folder: {name}")
@@ -101,16 +102,16 @@ def find_lora(name: str) -> Path:
 
 
 def settings_of(folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """The LoRA's config.yaml, where there is one, with what the command line says of the base model."""
+    """The settings in the LoRA's config.yaml, if there is one, with the base model's keys of the command line."""
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    if config.pretrained_model_name_or_path:  # about which config.yaml says nothing
+    if config.pretrained_model_name_or_path:  # config.yaml describes another base
         settings |= dict.fromkeys(BASE_KEYS)
     given = {key: getattr(config, key, None) for key in BASE_KEYS}
     return settings | {key: value for key, value in given.items() if value is not None}
 
 
 def output_path(folder: Path, config: ExportConfig) -> Path:
-    """Where to write. Raises UserError for a file with another suffix, or a folder that holds anything."""
+    """The path to write. Raises UserError for a file with another suffix, or for a folder that is not empty."""
     if config.fuse:
         output = Path(config.output) if config.output else folder / "fused"
         if output.exists() and not (output.is_dir() and is_empty(output)):
@@ -127,7 +128,7 @@ def output_path(folder: Path, config: ExportConfig) -> Path:
 def write_fused(
     output: Path, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype
 ) -> None:
-    """Writes the base pipeline with the LoRA in its weights, whole or not at all."""
+    """Writes the base pipeline with the LoRA fused into its weights, atomically."""
     if settings.get("pretrained_model_name_or_path") is None:
         raise UserError("fuse needs pretrained_model_name_or_path: the LoRA's folder has no config.yaml that names it")
     base = SimpleNamespace(**{key: settings.get(key) for key in BASE_KEYS})
@@ -139,9 +140,9 @@ def write_fused(
 
 
 def told_by(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, int | None]:
-    """(what was trained, on how much: `training_facts`; the version that trained it; its step), as far as known.
+    """(`training_facts` of the run, version of this project that trained it, step), each as far as known.
 
-    A checkpoint's manifest says it. For an output folder that of its last checkpoint does, or else the model card.
+    They come from a checkpoint's manifest; for an output folder from that of its last checkpoint, or the model card.
     """
     is_checkpoint = (folder / "manifest.json").is_file()
     run = folder.parent if is_checkpoint else folder
@@ -158,7 +159,7 @@ def told_by(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, by step."""
+    """The checkpoint folders of a run, in order of step."""
     found = [c for c in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", c.name)]
     return sorted(found, key=lambda c: int(c.name.rpartition("-")[2]))
 

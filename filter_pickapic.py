@@ -1,7 +1,7 @@
 """Selects clean preference pairs from a dataset in Pick-a-Pic's format, and copies them out.
 
-People's judgements of two images for one caption contradict each other: the image that won one game
-lost another. A loss trained on both pulls both ways. This script reads the judgements, keeps the pairs
+People's judgements of two images for one caption contradict each other: an image that won one comparison
+lost another. Training on both gives opposite gradients. This script reads the judgements, keeps the pairs
 that a rule of the paper (docs/filtering.md) selects, and writes them as parquet in the same schema:
 
     python filter_pickapic.py --config configs/filter_pickapic.yaml --dataset_name FOLDER --output_dir FOLDER
@@ -16,21 +16,24 @@ A *game* is a labeled row on two different images; an image is a pair (caption, 
     x_y_xz              and x > z, z the loser of y's latest win, if y has one
     x_y_yz              and y > z
 
-The work has two parts. The *decision* needs nine metadata columns, 200 MB for Pick-a-Pic v2's 959,040
-rows, and no image: a few NumPy operations on integer codes of captions and uids, seconds on one machine.
-The *copy* streams the surviving images in output order. It holds a row group of the input, one of the output,
-and up to 256 MB of images that were read before their turn; beyond that they wait in an anonymous temporary
-file in the output folder. Several machines share it by output files (`--shard`). Output order is (created_at,
-ranking_id), so it does not depend on how the input is cut into files. JPEG bytes are copied, never decoded.
+The work has two parts.
 
-x > z need not have been judged. If it was not, the row is made up: the columns of the row x > y, with x as
-image 0 and z, from the row that holds it, as image 1; labels 1 and 0; user_id null; ranking_id ~r (negative)
-for x > y's r.
+The *decision* reads nine metadata columns, 200 MB for Pick-a-Pic v2's 959,040 rows, and no image. It is a few NumPy
+operations on integer codes of captions and uids, and takes seconds on one machine.
+
+The *copy* streams the images of the kept pairs in output order. In memory it holds one row group of the input, one of
+the output, and up to 256 MB of images that were read before they are needed. More of these go to an anonymous temporary
+file in the output folder. Several machines can share the output files (`--shard`). Output order is (created_at,
+ranking_id), so it does not depend on how the input is split into files. JPEG bytes are copied, never decoded.
+
+A pair x > z may never have been judged. Then its row is synthesised: the columns of the row x > y, with x as image 0,
+and as image 1 z, taken from a row that contains it; labels 1 and 0; user_id null; ranking_id ~r (negative), where r is
+that of x > y.
 
 Malformed rows are dropped and counted by kind (`decide` in filtering/rules.py), before wins are counted. Two rows
 that agree in all nine columns are one judgement: the first is used, in order of file name. The authors of the method
-do not look at `best_image_uid`; `best_image_uid: ignore` does as they do. The counts in `manifest.json` add up to the
-input; `report.html` shows them, and samples of what was kept and removed, to a person. docs/filtering.md has figures.
+do not use `best_image_uid`; `best_image_uid: ignore` does the same. The counts in `manifest.json` add up to the
+input. `report.html` shows them, with samples of kept and removed pairs. docs/filtering.md has measurements.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{folder} already holds these pairs; nothing to do")
         return
     findings = gather(judgements, decision)
-    del judgements  # 250 MB that the copy can use
+    del judgements  # frees 250 MB for the copy
     names = output_names(len(decision.row), config)
     with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder, config.shard):
         if is_finished(folder, config.dataset_name, plan):

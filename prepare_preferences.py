@@ -1,32 +1,34 @@
-"""Turns a preference dataset into Pick-a-Pic's columns, which filter_pickapic.py and the training scripts read.
+"""Converts a preference dataset to Pick-a-Pic's columns, which filter_pickapic.py and the training scripts read.
 
     python prepare_preferences.py --format hpdv2 --dataset_name HPDv2/train.json --images HPDv2/train --output_dir OUT
     python filter_pickapic.py --dataset_name OUT --output_dir FILTERED
     accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml --dataset_name FILTERED
 
-The dataset lies on a local disk: a .parquet, .json, .jsonl or .csv file, or a folder of parquet files. Images are in
-it (bytes, or the bytes and path of the library `datasets`), or are files, whose paths start from the folder `images`.
-Their bytes (JPEG, PNG or WEBP) are copied, never decoded. The formats, and what counts as a win in each:
+The dataset is on a local disk: a .parquet, .json, .jsonl or .csv file, or a folder of parquet files. It contains the
+images (bytes, or the bytes and path of the library `datasets`), or their paths relative to the folder `images`. Image
+bytes (JPEG, PNG or WEBP) are copied, never decoded. The formats, and the winner in each:
 
     hpdv2            ymhao/HPDv2, train.json: the image with human_preference 1
-    hpdv3            MizzenAI/HPDv3, *.json: path1, by the share of the votes in choice_dist where there are any
+    hpdv3            MizzenAI/HPDv3, *.json: path1, with its share of the votes in choice_dist if there are any
     chosen_rejected  prompt, chosen, rejected (open-image-preferences-v1-binarized and others): chosen
     rapidata         Rapidata's pair sets: the larger share of the votes on `question`: preference, alignment, coherence
     imagereward      zai-org/ImageRewardDB, metadata-*.parquet or train_*.json: all pairs of a prompt's images, the
                      better one by `question`: rank (the default), or one of the three ratings
-    table            anything with a prompt, two images and a preference, in columns that options name; so a folder of
-                     images with a CSV file that lists the pairs
+    table            any table with a prompt, two images and a preference, in columns that options name; for example a
+                     CSV file that lists pairs of images in a folder
 
-Where shares are known, a winner needs more than one half and at least `min_share`; a row with less is a tie, which the
-filter and the training scripts leave out. The share of image 0 stays in the column share_0 (null where none is known),
-for losses with soft labels.
+If shares of votes are known, a winner needs more than one half and at least `min_share`. Otherwise the row is a tie,
+which the filter and the training scripts leave out. The share of image 0 is kept in the column share_0 (null if
+unknown), for losses with soft labels.
 
-What Pick-a-Pic has and these sets lack is made up from the content alone: an image's uid is the sha256 of its bytes (32
-digits), so that the same file in two rows is the same image to the filter; ranking_id is the number of the pair in the
-input; created_at is 1970-01-01 unless a column says when. So the filter's `latest` is the last in the input.
+Columns of Pick-a-Pic that a dataset lacks are derived from its content:
 
-Rows are read and written one row group at a time. Interrupted, the same command goes on behind the last finished file.
-The counts in manifest.json add up: pairs = dropped (by reason) + decisive + ties.
+    uid              32 digits of the sha256 of the image's bytes; so the same file in two rows is the same image
+    ranking_id       the number of the pair in the input
+    created_at       1970-01-01 unless a column has the time; so the filter's `latest` is the last pair in the input
+
+Rows are read and written one row group at a time. After an interruption the same command continues after the last
+finished file. The counts in manifest.json add up: pairs = dropped (by reason) + decisive + ties.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def images_folder(config: PrepareConfig) -> Path:
-    """Where the paths of images start from. Raises UserError if it is not there."""
+    """The folder that image paths are relative to. Raises UserError if it does not exist."""
     path = Path(config.dataset_name)
     folder = Path(config.images) if config.images is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():

@@ -1,13 +1,13 @@
 """NCP-CPO: contrastive preference optimization of a diffusion model, without a reference model (paper eq. 15).
 
-As NCP-DPO (train_ncp_dpo.py, which this file follows line by line), except that the policy's own losses
-on winner and loser are compared, and a share of the winner's loss holds the policy near the data. The
-frozen encoder is the only copy of the old model.
+This file follows train_ncp_dpo.py (NCP-DPO) line by line. The differences: the policy's own losses on winner
+and loser are compared, and a multiple of the winner's loss is added, which keeps the policy near the data.
+The frozen encoder is the only copy of the original model.
 
     accelerate launch train_ncp_cpo.py --config configs/sd15_ncp_cpo.yaml [--any_key value ...]
 
-`space: latent` is Diffusion-CPO. The paper gives no lambda: near the centre of the sigmoid the first
-term pulls on the winner with weight beta / 2, so a lambda far below beta does nothing (docs/settings.md).
+`space: latent` is Diffusion-CPO. The paper gives no lambda. Near the centre of the sigmoid the first term
+acts on the winner's loss with weight beta / 2, so a lambda far below beta has no effect (docs/settings.md).
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Config(TrainingConfig):
 def ncp_cpo(
     models: Models, unet: torch.nn.Module, batch: dict[str, Any], config: Config
 ) -> tuple[torch.Tensor, Metrics]:
-    """Algorithm 1 without its reference: losses (B,) and metrics. 2B rows hold winners, then losers."""
+    """Algorithm 1 without the reference: losses (B,) of B pairs, and metrics. 2B rows: the winners, then the losers."""
     x0 = latents(models, batch)  # (2B, C, h, w)
     c = conditions(models, batch)
     t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]

@@ -1,15 +1,15 @@
-"""NCP-DPO: direct preference optimization of a diffusion model in the eyes of its own U-Net (paper eq. 14).
+"""NCP-DPO: direct preference optimization of a diffusion model in the feature space of its U-Net (paper eq. 14).
 
-For a winner and a loser of one prompt, noised alike, the DDPM step to t-1 is taken with the noise that
-the policy, the frozen reference, and the truth give. The frozen down blocks of the U-Net embed the
-results at t-1; the squared distance to the true one is the diffusion loss, and DPO asks the policy to
-lower it on winners, relative to the reference, more than on losers.
+Winner and loser of one prompt get the same noise at timestep t. The DDPM step to t-1 is taken three times: with
+the noise predicted by the policy, with that of the frozen reference, and with the true noise. The frozen down blocks
+of the U-Net embed the results. The diffusion loss is the squared distance to the embedding of the true step. DPO
+trains the policy to lower this loss, relative to the reference, more on winners than on losers.
 
     accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml [--any_key value ...]
 
-`space: latent` is plain Diffusion-DPO. Where this departs from the paper's print: the mean instead of
-the sum over features, 1 - abar_t in eq. 12, t from 1 to T-1, and a derivative for the small difference
-of eq. 13 (`secant`, docs/precision.md).
+`space: latent` is plain Diffusion-DPO. Differences from the printed equations: the mean instead of the sum
+over features, 1 - abar_t in eq. 12, t from 1 to T-1, and in half precision a derivative instead of the
+small difference of eq. 13 (`secant`, docs/precision.md).
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
 """NCP-SFT: supervised fine-tuning on preferred images with the perceptual loss (paper eq. 13).
 
-As NCP-DPO (train_ncp_dpo.py, which this file follows line by line), except that only winners are drawn
-from the pairs, and their perceptual diffusion loss is minimised as it is.
+This file follows train_ncp_dpo.py (NCP-DPO) line by line. The difference: only the winners of the pairs are used,
+and their perceptual diffusion loss is minimised directly.
 
     accelerate launch train_ncp_sft.py --config configs/sd15_ncp_sft.yaml [--any_key value ...]
 
-`space: latent` is ordinary fine-tuning on the noise error.
+`space: latent` is ordinary fine-tuning with the noise prediction error.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Config(TrainingConfig):
 
     @property
     def weight(self) -> float:
-        """The factor of the loss."""
+        """The weight of the loss."""
         return self.loss_weight or (1250.0 if self.space == "perceptual" else 1.0)
 
 

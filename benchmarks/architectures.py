@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.5 and SDXL with random weights, built where they are to run: nothing is downloaded.
+"""Stable Diffusion 1.5 and SDXL with random weights, built on the device: nothing is downloaded.
 
     python benchmarks/architectures.py sdxl FOLDER    # a pipeline folder of full size in float16, to try a run on
 
-The configurations are those of the published models (ncp/training/architectures). The tokenizer has bytes as tokens.
+The configs are those of the published models (ncp/training/architectures). The tokenizer has bytes as tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ncp.training.pipeline import Description, scheduler_like
 from ncp.training.single_file import ARCHITECTURES
 
 NAMES = ("sd15", "sdxl")
-BYTES = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # of `tokenizer`
+BYTES = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # special tokens of `tokenizer`
 
 
 def description(name: str) -> Description:
-    """What `ncp.training.pipeline.describe` would say of the published pipeline."""
+    """The Description that `ncp.training.pipeline.describe` would return for the published pipeline."""
 
     def read(file: str) -> dict[str, Any]:
         return json.loads((ARCHITECTURES / {"sd15": "sd1"}.get(name, name) / file).read_text())
@@ -57,7 +57,7 @@ def scheduler(name: str) -> DDPMScheduler:
 
 
 def pipe(name: str, dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device) -> Any:
-    """VAE, text encoders and tokenizers (bytes as tokens) in a pipeline without a U-Net."""
+    """A pipeline without a U-Net: VAE, text encoders and tokenizers (bytes as tokens)."""
     described = description(name)
     parts: dict[str, Any] = {
         "vae": _build(AutoencoderKL, described.vae, vae_dtype, device),
@@ -85,7 +85,7 @@ def _build(kind: Any, settings: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 class _dtype:
-    """New parameters in this dtype inside the block."""
+    """Creates new parameters in this dtype inside the block."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -99,7 +99,7 @@ class _dtype:
 
 
 def main(name: str, folder: str) -> None:
-    """Writes a pipeline folder. The weights are as PyTorch and diffusers initialise them, from seed 0."""
+    """Writes a pipeline folder. Weights have the initial values of PyTorch and diffusers, with seed 0."""
     torch.manual_seed(0)
     dtype, cpu = torch.float16, torch.device("cpu")
     made = pipe(name, dtype, dtype, cpu)

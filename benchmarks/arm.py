@@ -1,4 +1,4 @@
-"""One arm of benchmarks/step.py: a model, an optimizer, and its training step on random data, timed."""
+"""One arm of benchmarks/step.py: a model, an optimizer, and a timed training step on random data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = ("cached", "pixels", "straightforward")
 
 
 class Arm:
-    """A model, an optimizer, and `step()`: seconds by phase of one training step on fresh random data."""
+    """A model, an optimizer, and `step()`, which returns seconds by phase of one training step on new random data."""
 
     def __init__(self, name: str, model: str, argv: list[str]):
         kind, _, changes = name.partition(":")
@@ -61,7 +61,7 @@ class Arm:
         if self.kind == "straightforward":
             assert pipe is not None
             pipe.vae.float()
-            self.copy = copy.deepcopy(unet)  # with storage of its own
+            self.copy = copy.deepcopy(unet)  # with its own storage
             if config.gradient_checkpointing:
                 self.copy.enable_gradient_checkpointing()
             self.copy_encoder = DownBlockEncoder(self.copy, [len(self.copy.down_blocks) - 1])
@@ -79,7 +79,8 @@ class Arm:
         return time.perf_counter()
 
     def _watch(self, module: Any, phase: str) -> None:
-        """Adds the module's forward passes to the phase. Waits for the device: only for the steps by phase."""
+        """Adds the time of the module's forward passes to the phase. It synchronises the device, which slows steps
+        down, so it is used only for steps timed by phase."""
 
         def before(*_: Any) -> None:
             if self.by_phase:
@@ -100,7 +101,7 @@ class Arm:
             self.times[phase] = self.times.get(phase, 0) + self._now() - start
 
     def batch(self) -> dict[str, Any]:
-        """Random data as the loader gives them, on the device."""
+        """A random batch in the loader's format, on the device."""
         description, size = self.m.description, self.config.train_batch_size
         shape = description.latent_shape(self.config.resolution)
         draw = partial(torch.randn, device=self.device)
@@ -140,11 +141,11 @@ class Arm:
             self.optimizer.zero_grad()
         total = self._now() - start
         if by_phase:
-            self.times["conditions"] = total - sum(self.times.values())  # VAE, text encoders, and what lies between
+            self.times["conditions"] = total - sum(self.times.values())  # VAE, text encoders, and the code between
         return {"step": total, **self.times}
 
     def straightforward(self, m: Any, unet: Any, batch: dict[str, Any], config: Any) -> Any:
-        """Algorithm 1, as directly as it can be written down."""
+        """Algorithm 1, written as directly as possible."""
         x0, c = latents(m, batch), conditions(m, batch)
         t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
         x_t = add_noise(m.scheduler, x0, eps, t)
@@ -177,7 +178,7 @@ class Arm:
         return peak_memory_gib(self.device)
 
     def tensors_gib(self) -> float:
-        """All parameters and optimizer state, each storage once, and the most that a step has beside them."""
+        """GiB of all parameters and optimizer state (each storage once), plus the peak of a step's other tensors."""
         modules = [self.m.unet, self.m.reference, self.m.encoder, getattr(self, "copy", None)]
         if self.m.pipe is not None:
             modules += [part for part in self.m.pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -190,7 +191,7 @@ class Arm:
         return (sum(s.nbytes() for s in storages.values()) + sum(v.nbytes for v in state) + peak.bytes) / 2**30
 
     def matmul_ceiling(self) -> float:
-        """Floating-point operations per second of a large matrix product in the step's precision."""
+        """Floating-point operations per second of a large matrix product, in the step's precision."""
         n, count = (8192, 20) if self.device.type == "cuda" else (2048, 4)
         a = torch.randn(n, n, device=self.device).to(self.m.dtype)
         a @ a

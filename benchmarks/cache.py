@@ -1,9 +1,9 @@
-"""What the cache saves: a training step from pixels beside one from the cache, and how fast images can be loaded.
+"""What the cache saves: times a training step from pixels and one from the cache, and the loading of images.
 
     python benchmarks/cache.py [--steps 8] [--json FILE]
 
-Step: NCP-DPO on the embedded pipeline (configs/tiny_ncp_dpo.yaml on tiny/data), steps from pixels and from the cache
-in turn, medians. Loading: JPEGs of Pick-a-Pic's sizes, decoded, cropped and collated by 0, 1 and 2 workers.
+Step: NCP-DPO on the embedded pipeline (configs/tiny_ncp_dpo.yaml on tiny/data), alternating between steps from pixels
+and from the cache; medians. Loading: JPEGs of Pick-a-Pic's sizes, decoded, cropped and collated by 0, 1 and 2 workers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def arm(folder: Path, cached: bool, batch: int) -> tuple[train_ncp_dpo.Config, P
 
 
 def step_times(folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
-    """Seconds of each step by arm, after one to warm up: fetch a batch, loss, backward, AdamW."""
+    """Seconds of each step by arm, after a warm-up step: fetch a batch, loss, backward, AdamW."""
     runs: dict[str, Any] = {}
     for name in ("pixels", "cache"):
         config, pairs, opened = arm(folder, name == "cache", batch)
@@ -76,7 +76,7 @@ def step_times(folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
 
 
 def photographs(folder: Path, side: int, rows: int) -> Path:
-    """Rows of Pick-a-Pic with smooth random JPEGs of side x side, about the real bytes per pixel."""
+    """Writes rows like Pick-a-Pic's with smooth random JPEGs of side x side, with realistic bytes per pixel."""
     rng, jpegs = np.random.default_rng(0), []
     for _ in range(8):
         coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
@@ -103,7 +103,7 @@ def loading(folder: Path, side: int, workers: int, rows: int) -> tuple[float, fl
     pairs = open_pairs(config)
     dataset = PairDataset(config, pairs, (4, side // 8, side // 8), 1000, images=2)
     batches = iter(loader(dataset, config, 0, 0, 1))
-    next(batches)  # workers are up
+    next(batches)  # the workers have started
     start, images = time.perf_counter(), 0
     for batch in batches:
         images += len(batch["pixels"])

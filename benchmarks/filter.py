@@ -1,15 +1,15 @@
-"""What filter_pickapic.py costs at Pick-a-Pic's full size, beside the straightforward way and a plain copy.
+"""The cost of filter_pickapic.py at Pick-a-Pic's full size, compared with straightforward code and with a plain copy.
 
     python benchmarks/filter.py [--json FILE]
     pip install duckdb polars && python benchmarks/filter.py --engines pyarrow duckdb polars --copy_rows 0
 
-Decision: from the start of a fresh process until the pairs are known, on synthetic metadata of 959,040 judgements of
-58,960 prompts in 645 files with row groups of 1,000 rows, Pick-a-Pic v2's numbers. In a session the winner stays on and
-meets a new image; 11% of the games are ties, 2% judge a pair again. Every engine must find the same pairs.
+Decision: from the start of a new process until the pairs are known, on synthetic metadata of 959,040 judgements of
+58,960 prompts in 645 files with row groups of 1,000 rows, as in Pick-a-Pic v2. In a session the winner is compared with
+a new image each time; 11% of the games are ties, and 2% judge a pair again. Every engine must find the same pairs.
 
-Copy: from there to the end of the process (report and manifest included), on rows with random bytes in place of JPEGs,
-170 kB each, in files of 1,487 rows. A plain copy (shutil.copyfile and fsync of the same files) takes turns with it.
-Files are dropped from the page cache before each run, where the system can.
+Copy: from there to the end of the process (with report and manifest), on rows with random bytes instead of JPEGs,
+170 kB each, in files of 1,487 rows. Runs alternate with a plain copy (shutil.copyfile and fsync of the same files).
+Before each run the files are dropped from the page cache, if the system supports it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS += ["ranking_id"]
 
 
 def pandas_prompts(folder: Path) -> list[int]:
-    """A loop over prompts, pandas inside."""
+    """A loop over prompts, with pandas operations inside."""
     kept = []
     for _, games in pandas_frame(folder).groupby("caption"):
         ties, wins = games[games.label_0 == 0.5], games[games.label_0 != 0.5]
@@ -123,7 +123,7 @@ ENGINES: dict[str, Callable[[Path], list[int]] | None] = {
 
 
 def launch(*arguments: object) -> tuple[float, float, float]:
-    """Runs Python in a new process; (seconds until it says how many images there are, then to its end, peak MB)."""
+    """Runs Python in a new process; (seconds until it prints the number of images, then to its end, peak MB)."""
     start = time.perf_counter()
     command = tied([sys.executable, *arguments])
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -169,7 +169,7 @@ def decision(folder: Path, engines: list[str], rounds: int) -> dict[str, Any]:
 
 
 def plain_copy(source: Path, target: Path) -> float:
-    """Seconds to copy the files one after the other, each until the disk has it."""
+    """Seconds to copy the files one by one, each with fsync."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     forget(source)
@@ -211,7 +211,7 @@ def copies(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
 
 
 def forget(folder: Path) -> None:
-    """Has the system drop its copies of these files in memory, if it can."""
+    """Asks the system to drop these files from the page cache, if it can."""
     os.sync()
     for file in folder.iterdir():
         if hasattr(os, "posix_fadvise"):
@@ -225,7 +225,7 @@ def _worker(function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> None:
-    """Elsewhere, so that its memory does not count as that of the processes started from here."""
+    """Calls `function` in another process, so that its memory is not counted for processes started from this one."""
     process = multiprocessing.get_context("spawn").Process(target=_worker, args=(function, *arguments))
     process.start()
     process.join()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every figure that docs/performance.md leaves open, in one command on one idle GPU with 80 GB or more. Tables go to the
-# screen, everything to FOLDER. --small does the same with the embedded pipeline, on a CPU too, to see that it works.
+# Makes every measurement that docs/performance.md lacks, on one idle GPU with 80 GB or more. Tables are printed, and
+# everything is written to FOLDER. --small uses the embedded pipeline, also on a CPU, to check that the script works.
 #   bash benchmarks/gpu.sh [--small] [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""How often the evaluation's 95% intervals cover the truth, beside those of the percentile bootstrap, by simulation.
+"""Simulates how often the evaluation's 95% intervals cover the true value, compared with the percentile bootstrap.
 
 python benchmarks/intervals.py --experiments 2000
 """

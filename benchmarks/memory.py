@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-For each memory size and model, with a cache: the largest train_batch_size (a power of two) without gradient
-checkpointing, and with it, whichever holds at least a pair; bf16 or fp16, rank 64, 8-bit AdamW.
+For each memory size and model, with a cache: the largest train_batch_size (a power of two) with and without gradient
+checkpointing, if at least one pair fits. Settings: bf16 or fp16, rank 64, 8-bit AdamW.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHOICES = {"nothing": [], "the encoder": ["encoder"], "all": ["all"]}
 
 
 def need(model: str, batch: int, blocks: list[str]) -> float:
-    """GiB of an NCP-DPO run."""
+    """Memory of an NCP-DPO run in GiB."""
     argv = ["--config", str(ROOT / f"configs/{model}_ncp_dpo.yaml"), "--cached_latents", "-"]
     argv += ["--train_batch_size", str(batch), "--mixed_precision", "bf16"]
     argv += ["--gradient_checkpointing", str(bool(blocks)), "--checkpointed_blocks", ",".join(blocks) or "all"]

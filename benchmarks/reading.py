@@ -1,11 +1,11 @@
-"""Where training reads its images from: the Arrow copy that `datasets` makes, or the parquet files where they lie.
+"""Compares two sources of training images: the Arrow copy of `datasets`, and the parquet files read in place.
 
     python benchmarks/reading.py [--gigabytes 12] [--folder FOLDER] [--json FILE]
 
-Made up: rows of Pick-a-Pic's columns with JPEGs of 512 x 512 and 170 kB, all different, as filter_pickapic.py writes
-them, in row groups of 10, 100 and 1000 rows. The loader of the training scripts (batches of 8 pairs in shuffled order,
-decoded at 512) runs on them with 0, 1 and 2 workers, each time in a new process and from a disk of which nothing is in
-memory. `only read` leaves out the decoding; its processor time does not depend on what else the machine does.
+The data are synthetic: rows with Pick-a-Pic's columns and different JPEGs of 512 x 512 and 170 kB, as written by
+filter_pickapic.py, in row groups of 10, 100 and 1000 rows. The loader of the training scripts (batches of 8 pairs in
+shuffled order, decoded at 512) runs on them with 0, 1 and 2 workers, each time in a new process and with an empty page
+cache. `only read` leaves out the decoding; its processor time does not depend on the machine's other load.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMAGES = ["jpg_0", "jpg_1"]
 COLUMNS = ["caption", "image_0_uid", "image_1_uid", *IMAGES, "label_0", "label_1"]
 
 
-# ---------------------------------------------------------------- one arm, in a process of its own
+# ---------------------------------------------------------------- one arm, in its own process
 
 
 def measure(folder: Path, arm: str, workers: int, decode: bool, seconds: float) -> dict[str, float]:
@@ -82,7 +82,7 @@ def measure(folder: Path, arm: str, workers: int, decode: bool, seconds: float) 
 
 
 def disk_mb() -> float:
-    """What this process has had read from the disk, in MB."""
+    """The amount that this process has read from the disk, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512 / 1e6
 
 
@@ -90,7 +90,7 @@ def disk_mb() -> float:
 
 
 def jpegs() -> list[bytes]:
-    """JPEGs of 512 x 512, some 170 kB each."""
+    """JPEGs of 512 x 512, about 170 kB each."""
     rng, found = np.random.default_rng(0), []
     for _ in range(16):
         coarse = rng.integers(0, 256, (SIDE // 4, SIDE // 4, 3), dtype=np.uint8)
@@ -106,7 +106,7 @@ def jpegs() -> list[bytes]:
 
 
 def make(folder: Path, gigabytes: float, rows_per_group: int) -> None:
-    """Files of about 500 MB. Bytes behind a JPEG's end, which decoders leave alone, make each image another."""
+    """Writes files of about 500 MB. Bytes after a JPEG's end, which decoders ignore, make each image different."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pictures = jpegs()
@@ -140,14 +140,14 @@ def schema() -> pa.Schema:
 
 
 def options() -> dict[str, Any]:
-    """As filter_pickapic.py writes images that do not repeat: pages of about 1 MB."""
+    """The options with which filter_pickapic.py writes images that do not repeat: pages of about 1 MB."""
     texts = [name for name in COLUMNS if name not in IMAGES]
     compression = {name: "none" if name in IMAGES else "zstd" for name in COLUMNS}
     return {"compression": compression, "use_dictionary": texts, "write_statistics": texts, "write_batch_size": 8}
 
 
 def launch(folder: Path, arm: str, workers: int, decode: bool, seconds: float) -> dict[str, float]:
-    """`measure` in a new process; nothing of the files is in memory before."""
+    """Runs `measure` in a new process, with none of the files in the page cache."""
     for file in folder.rglob("*"):
         if file.is_file() and hasattr(os, "posix_fadvise"):
             with open(file, "rb+") as handle:

@@ -1,13 +1,13 @@
-"""The LoRA's file in a second implementation: does stable-diffusion.cpp draw the change that diffusers draws?
+"""Checks the exported LoRA file in a second implementation: does stable-diffusion.cpp apply it as diffusers does?
 
     pip install stable-diffusion-cpp-python
     python benchmarks/sd_cpp.py /tmp/sd-cpp
 
 Makes a Stable Diffusion 1.5 of full size with random weights, as a diffusers folder and as one file in the layout of
-the original checkpoints, and a random LoRA whose alpha is half its rank. export_lora.py writes the LoRA's file. Both
-programs draw from the same noise, with and without it. Printed are, of the two changes of the image: their correlation,
-and the slope of stable-diffusion.cpp's over diffusers', which is 1 if it has read alpha. docs/bring-your-own.md has the
-figures.
+the original checkpoints, and a random LoRA whose alpha is half its rank. export_lora.py writes the LoRA file. Both
+programs draw an image from the same noise, with and without the LoRA. The script compares the change of the image in
+the two programs, and prints the correlation and the slope of stable-diffusion.cpp's change over diffusers'. The slope
+is 1 if stable-diffusion.cpp has read alpha. docs/bring-your-own.md has the results.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 import export_lora
 from ncp.training.models import LORA_TARGETS
 
-SIDE, STEPS, SEED = 128, 4, 7  # with four steps both programs stop at the timesteps 999, 666, 333, 0
+SIDE, STEPS, SEED = 128, 4, 7  # with four steps both programs use the timesteps 999, 666, 333, 0
 RANK, ALPHA = 8, 4.0
 PROMPT = "a photo of a cat"
-TOKENS = [49406, 320, 1125, 539, 320, 2368]  # of this prompt in CLIP's vocabulary, which is not at hand; then 49407
+TOKENS = [49406, 320, 1125, 539, 320, 2368]  # of this prompt in CLIP's vocabulary, then 49407; no tokenizer is needed
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -89,10 +89,10 @@ def original_vae_name(name: str) -> str:
 
 
 def original_checkpoint(pipe: Any) -> dict[str, torch.Tensor]:
-    """The pipeline's weights as one file of the original layout has them."""
+    """The pipeline's weights under the names and shapes of the original single-file layout."""
     found = {original_unet_name(k): v for k, v in pipe.unet.state_dict().items()}
     for name, weight in pipe.vae.state_dict().items():
-        is_projection = "attentions" in name and weight.dim() == 2  # a convolution there
+        is_projection = "attentions" in name and weight.dim() == 2  # a convolution in the original layout
         found[original_vae_name(name)] = weight[:, :, None, None] if is_projection else weight
     for name, weight in pipe.text_encoder.state_dict().items():
         found[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
@@ -100,7 +100,7 @@ def original_checkpoint(pipe: Any) -> dict[str, torch.Tensor]:
 
 
 def make(folder: Path) -> None:
-    """The base model in both layouts, float16 values in float32, and the LoRA with its file."""
+    """Writes the base model in both layouts (float16 values stored in float32), and the LoRA with its file."""
     cpu = torch.device("cpu")
     torch.manual_seed(0)
     pipe = architectures.pipe("sd15", torch.float32, torch.float32, cpu)
@@ -109,7 +109,7 @@ def make(folder: Path) -> None:
         for module in (pipe.unet, pipe.vae, pipe.text_encoder):
             for weight in module.parameters():
                 weight.copy_(weight.half())
-        pipe.vae.decoder.conv_out.weight.mul_(2)  # a random decoder draws grey on grey
+        pipe.vae.decoder.conv_out.weight.mul_(2)  # a random decoder has little contrast
     pipe.save_pretrained(folder / "base")
     save_file(original_checkpoint(pipe), folder / "base.safetensors", {"format": "pt"})
     pipe.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LORA_TARGETS))

@@ -1,24 +1,25 @@
-"""Times one training step, beside the straightforward arrangement, in one run.
+"""Times one training step, and the straightforward implementation for comparison, in one run.
 
     python benchmarks/step.py --model tiny --config configs/tiny_ncp_dpo.yaml
     python benchmarks/step.py --model sdxl --config configs/sdxl_ncp_dpo.yaml --arms cached,compiled:torch_compile=true
         --train_batch_size 4 --json step.json
 
 --model sd15 and sdxl are the full architectures with random weights, built on the device; tiny is the embedded
-pipeline. Data are random too: what is measured is the step. An arm is one of
+pipeline. Data are random too, because only the step is measured. An arm is one of
 
     cached            this project, from cached latents and embeddings
     pixels            this project, images and prompts encoded in the step
-    straightforward   what such scripts do today, written here for comparison: a full deep copy of the U-Net as the
+    straightforward   a common implementation, written here for comparison: a full deep copy of the U-Net as the
                       encoder, the reference by switching the policy's adapters off, a float32 VAE and the text encoders
                       inside the step, target, policy and reference embedded one after another, eq. 13 as printed
     NAME:key=value,…  `cached` with these config keys changed (NAME:pixels,key=value,… for `pixels`)
 
-Each arm runs in a process of its own, so that its peak memory is its own; the steps of all arms are taken in turn, or
-(`--one_by_one`) arm after arm. An arm that runs out of memory is left out. Ratios are of the time per pair, to the
-last arm.
-GiB is the GPU allocator's peak, or the process's on a CPU, libraries included; "tensors" counts tensors alone.
-Figures are medians. TFLOP/s are PyTorch's count for a pair of the first arm over each arm's time for a pair.
+Each arm runs in its own process, so that its peak memory can be measured. Steps alternate between the arms; with
+`--one_by_one` each arm takes all its steps before the next. An arm that runs out of memory is left out.
+
+Results are medians. Ratios compare the time per pair with that of the last arm. GiB is the GPU allocator's peak, or on
+a CPU that of the process, including libraries; "tensors" counts tensors only. TFLOP/s are PyTorch's operation count for
+a pair in the first arm, divided by each arm's time for a pair.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ PHASES = ("conditions", "policy", "reference", "encoder", "backward", "optimizer
 
 
 def work(name: str, model: str, argv: list[str]) -> None:
-    """Answers commands on standard input with one line of JSON each."""
+    """Answers each command on standard input with one line of JSON."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints
+    os.dup2(2, 1)  # output of libraries goes to standard error
     logging.disable(logging.WARNING)
     start = time.perf_counter()
-    from arm import Arm  # here, so that the time counts what is imported
+    from arm import Arm  # here, so that the measured time includes the imports
 
     arm = Arm(name, model, argv)
     answers = {
@@ -71,10 +72,10 @@ def work(name: str, model: str, argv: list[str]) -> None:
 
 
 class Worker:
-    """An arm in a process of its own; `ask` gives None once that has ended, out of memory for example."""
+    """An arm in its own process. `ask` returns None after that process has ended, for example out of memory."""
 
     def __init__(self, name: str, model: str, argv: list[str]):
-        # Tied: a step that is under way would not notice that its commands have ended.
+        # Tied to this process: a step in progress would not notice that standard input was closed.
         command = tied([sys.executable, __file__, "--worker", name, "--model", model, *argv])
         self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -100,14 +101,14 @@ class Worker:
 
 
 def measure(names: list[str], args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, Any]]:
-    """Raw figures by arm, of arms that are all there at once and take their steps in turn; without those that ended."""
+    """Raw measurements by arm. All arms are loaded at once and alternate steps; arms that ended early are left out."""
     workers = [Worker(name, args.model, argv) for name in names]
     times: dict[str, list[float]] = {name: [] for name in names}
-    for k in range(2 + args.steps):  # two to warm up
+    for k in range(2 + args.steps):  # two warm-up steps
         for worker in workers:
             step = worker.ask("step")
             times[worker.name] += [step["step"]] if step and k >= 2 else []
-    memory = {worker.name: worker.ask("memory") for worker in workers}  # before anything but training steps has run
+    memory = {worker.name: worker.ask("memory") for worker in workers}  # before anything except training steps has run
     figures = {}
     for worker in workers:
         phases = [worker.ask("phases") for _ in range(min(3, args.steps))]
@@ -155,7 +156,7 @@ def main() -> None:
     for name, arm in raw.items():
         batch, seconds = arm["batch"], statistics.median(arm["times"])
         pairs = zip(arm["times"], last["times"], strict=True)
-        ratio = statistics.median(a / b for a, b in pairs) * last["batch"] / batch  # of the time per pair
+        ratio = statistics.median(a / b for a, b in pairs) * last["batch"] / batch  # ratio of the time per pair
         rate = flops * batch / seconds
         figures["arms"][name] = {
             "pairs": batch, "build_s": arm["built_s"], "step_s": seconds, "steps_s": arm["times"],

@@ -1,4 +1,4 @@
-"""Judgements and images in Pick-a-Pic's schema, made up for benchmarks/filter.py."""
+"""Synthetic judgements and images in Pick-a-Pic's schema, for benchmarks/filter.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-ROWS, PROMPTS, ROWS_PER_FILE, ROWS_PER_GROUP = 959_040, 58_960, 1487, 1000  # as Pick-a-Pic v2
+ROWS, PROMPTS, ROWS_PER_FILE, ROWS_PER_GROUP = 959_040, 58_960, 1487, 1000  # as in Pick-a-Pic v2
 IMAGE_BYTES = 170_000
 
 
@@ -32,7 +32,8 @@ def captions(rng: np.random.Generator, count: int) -> pa.Array:
 
 
 def judgements(rows: int, seed: int = 0) -> pa.Table:
-    """Rows in order of time. A session is games of one prompt: geometric, 9.6 on average; popular prompts have many."""
+    """Rows in order of time. A session is the games of one prompt: geometric, 9.6 on average. Popular prompts have
+    many sessions."""
     rng, prompts, again = np.random.default_rng(seed), max(2, rows * PROMPTS // ROWS), rows // 50
     n = rows - again
     sessions = max(prompts, round(n / 9.6))
@@ -44,7 +45,7 @@ def judgements(rows: int, seed: int = 0) -> pa.Table:
     seconds = np.sort(rng.uniform(0, 3e7, sessions))[session] + 15 * (np.arange(n) - first[session])
 
     tie, newcomer_wins = rng.random(rows) < 0.112, rng.random(rows) < 0.45
-    newcomer = np.arange(n) + session + 1  # images are numbered as they come; a session begins with two
+    newcomer = np.arange(n) + session + 1  # images are numbered in order of appearance; a session begins with two
     beaten = newcomer_wins[:n] & ~tie[:n]
     after = np.maximum.accumulate(np.where(beaten, newcomer, first[session] + session))
     champion = np.where(np.arange(n) == first[session], first[session] + session, np.append(0, after[:-1]))

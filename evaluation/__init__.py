@@ -1,3 +1,3 @@
-"""Evaluation in steps that leave files for one another: images, scores, comparison; and human judges' votes."""
+"""Evaluation in steps that pass on files: images, scores, comparison; and human judges' votes."""
 
 import ncp  # noqa: F401  (keeps library notices off the screen)

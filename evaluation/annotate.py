@@ -1,4 +1,4 @@
-"""A blinded page for human judges: one HTML file, and the key to it in another that the judges do not get."""
+"""A blinded page for human judges: one HTML file, and its key in another file that the judges do not get."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ncp.common.errors import UserError
 from ncp.common.files import write_text
 
 TEMPLATE = Path(__file__).with_name("annotate.html")
-SIDE = 1024  # pixels of an image on the page, at most
+SIDE = 1024  # maximum side of an image on the page, in pixels
 
 
 def annotate(config: EvaluationConfig) -> None:
@@ -57,9 +57,9 @@ def annotate(config: EvaluationConfig) -> None:
 
 
 def blinded_pairs(config: EvaluationConfig, index: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The pairs in the page's order: prompt, models left and right, and their files. Of each prompt the first sample.
+    """The pairs in the page's order: prompt, models left and right, and their files. Uses each prompt's first sample.
 
-    Which prompts, their order and sides are decided by hashes of seed and pair, not by what else is on the page.
+    Hashes of seed and pair decide the prompts, their order and their sides, independently of the rest of the page.
     """
     names = config.model_names
     if len(names) < 2:

@@ -1,4 +1,4 @@
-"""Step 3: win-rates and training curves, computed from the scores. It writes nothing."""
+"""Step 3: computes win-rates and training curves from the scores. Writes no files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ncp.common.errors import UserError
 
 @dataclass
 class Scores:
-    """Scores by scorer: (models, prompts, samples) float64, NaN where there is none. categories: of each prompt."""
+    """Scores by scorer: (models, prompts, samples) float64, NaN where missing. categories: those of each prompt."""
 
     models: list[str]
     prompts: list[str]
@@ -51,9 +51,9 @@ class Result:
 
 @dataclass
 class CurvePoint:
-    """A checkpoint of a training run by one judge: mean score, and its gain over the first model with a 95% interval.
+    """A checkpoint of a training run by one judge: mean score, and gain over the first model with a 95% interval.
 
-    The interval is that of the gain, over prompts: how prompts differ from one another is not in it.
+    The interval is that of the gain per prompt, so it does not contain the variation of scores between prompts.
     """
 
     judge: str
@@ -68,7 +68,7 @@ class CurvePoint:
 
 @dataclass
 class Comparison:
-    """images: the rows of the index. results: of each pair of configured models. points: of the runs' checkpoints."""
+    """images: the rows of the index. results: one per pair of models and judge. points: the runs' checkpoints."""
 
     images: list[dict[str, Any]]
     scores: Scores
@@ -77,9 +77,9 @@ class Comparison:
 
 
 def compare(config: EvaluationConfig) -> Comparison:
-    """Compares the configured models, and the checkpoints of runs with the first model, by their scores.
+    """Compares, by their scores, the configured models with each other and the runs' checkpoints with the first model.
 
-    Raises UserError if images or scores are missing, or are of another protocol.
+    Raises UserError if images or scores are missing, or belong to another protocol.
     """
     images = read_index(config)
     scores = load_scores(config, images)
@@ -92,7 +92,7 @@ def load_scores(config: EvaluationConfig, index: list[dict[str, Any]]) -> Scores
     """The score table as arrays, the configured models first. Raises UserError for images without scores."""
     rows = read_scores(config)
     models = list(dict.fromkeys([*config.model_names, *(r["model"] for r in index)]))
-    # Older versions noted one category only.
+    # Older versions stored one category only.
     prompts = {
         r["prompt"]: r.get("categories") or [r["category"]] for r in sorted(index, key=lambda r: r["prompt_number"])
     }
@@ -112,9 +112,9 @@ def load_scores(config: EvaluationConfig, index: list[dict[str, Any]]) -> Scores
 
 
 def compare_all(scores: Scores, names: list[str], resamples: int) -> list[Result]:
-    """Each pair of the named models by each scorer: first on all prompts, then by category if there are several.
+    """Results for each pair of the named models and each scorer: on all prompts, then by category if there are several.
 
-    A prompt of several categories counts in each of them, and once among all.
+    A prompt of several categories counts in each of them, and once in the result on all prompts.
     """
     categories = list(dict.fromkeys(name for of_prompt in scores.categories for name in of_prompt))
     groups = ["", *(categories if len(categories) > 1 else [])]
@@ -153,7 +153,7 @@ def _or_nan(statistic: Callable, values: np.ndarray) -> float:
 
 
 def curves(scores: Scores, noted: dict[str, dict], resamples: int) -> list[CurvePoint]:
-    """Every checkpoint among the models, by each scorer, run and step."""
+    """Points for every checkpoint among the models: by scorer, run and step."""
     points = []
     for judge, table in scores.by_scorer.items():
         for place, name in enumerate(scores.models):

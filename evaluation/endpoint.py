@@ -1,7 +1,7 @@
-"""Asks a vision-language model behind an OpenAI-compatible HTTP endpoint, as vLLM and sglang serve one, for scores.
+"""Scores by a vision-language model behind an OpenAI-compatible HTTP endpoint, for example of vLLM or sglang.
 
-One request per image: POST URL/chat/completions with the image as a PNG and the judge's question, temperature 0. The
-key, if the server wants one, comes from the environment variable ENDPOINT_API_KEY and from nowhere else.
+One request per image: POST URL/chat/completions with the image as a PNG and the judge's question, temperature 0. If the
+server requires a key, it is read from the environment variable ENDPOINT_API_KEY only.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from evaluation.questions import TOP, Endpoint, Question, find_endpoints, questi
 from ncp.common.errors import UserError
 
 KEY = "ENDPOINT_API_KEY"
-BUSY = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others at the next attempt
-BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt, doubled before each further one; and at most
-GIVE_UP_AFTER = 16  # replies of which none holds a score: this is no judge
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # temporary HTTP statuses: worth another attempt
+BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds before the second attempt, then doubled; and the maximum
+GIVE_UP_AFTER = 16  # replies without a score from the start: the model is no judge
 
 
 class Unanswered(Exception):
-    """An attempt failed, for a reason that may pass. after: seconds to wait, if the server said so."""
+    """An attempt failed for a reason that may be temporary. after: seconds to wait, if the server named a time."""
 
     def __init__(self, reason: str, after: float | None = None):
         super().__init__(reason)
@@ -41,7 +41,7 @@ class Unanswered(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirection would take the key elsewhere, and turn the question into a GET."""
+    """Refuses redirects: they would send the key to another server, and turn the POST into a GET."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -51,14 +51,14 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def check_endpoint(judge: str, config: EvaluationConfig) -> None:
-    """Raises UserError if the judge's server does not answer, refuses the key, or says that it has no such model."""
+    """Raises UserError if the judge's server does not answer, refuses the key, or does not list the model."""
     endpoint = find_endpoints(config.endpoints)[judge]
     try:
         content = _request(f"{endpoint.url}/models", None, config.endpoint_timeout)
     except Unanswered as failure:
         raise UserError(f"scorer '{judge}': {endpoint.url} does not answer: {failure}") from None
     except UserError as error:
-        if str(error).startswith("HTTP status 404"):  # not all have a list of their models
+        if str(error).startswith("HTTP status 404"):  # not every server lists its models
             return
         raise UserError(f"scorer '{judge}': {endpoint.url}: {error}") from None
     listed = content.get("data") if isinstance(content, dict) else None
@@ -71,9 +71,10 @@ def check_endpoint(judge: str, config: EvaluationConfig) -> None:
 
 
 def endpoint_scorer(judge: str, config: EvaluationConfig) -> Callable[[list[Any], list[str]], list[float]]:
-    """The judge as a function of N PIL images and N prompts: N scores, NaN where a reply holds none.
+    """The judge as a function of N PIL images and N prompts: N scores, NaN for a reply without a score.
 
-    It asks for all N at once. Raises UserError if the server refuses, or does not answer in `endpoint_attempts`.
+    It sends all N requests at the same time. It raises UserError if the server refuses one, or does not answer within
+    `endpoint_attempts`.
     """
     endpoint, question = find_endpoints(config.endpoints)[judge], question_of(judge, config.vlm_question)
     counts = {"read": 0, "unread": 0}
@@ -96,9 +97,9 @@ def endpoint_scorer(judge: str, config: EvaluationConfig) -> Callable[[list[Any]
 
 
 def at_once(calls: list[Callable[[threading.Event], Any]]) -> list[Any]:
-    """The results of all calls, each in a thread of its own. The first error sets the others' event, and is raised.
+    """The results of all calls, each run in its own thread. The first error sets the event of the others and is raised.
 
-    The threads are daemons: a program that is interrupted does not wait for servers that do not answer.
+    The threads are daemons, so that an interrupted program does not wait for a server that does not answer.
     """
     stop = threading.Event()
     results: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
@@ -106,7 +107,7 @@ def at_once(calls: list[Callable[[threading.Event], Any]]) -> list[Any]:
     def work(number: int) -> None:
         try:
             results.put((number, calls[number](stop), None))
-        except BaseException as error:  # told to the thread that waits
+        except BaseException as error:  # passed on to the waiting thread
             results.put((number, None, error))
 
     for number in range(len(calls)):
@@ -132,7 +133,7 @@ def ask(
     config: EvaluationConfig,
     stop: threading.Event,
 ) -> tuple[float, str]:
-    """(score, beginning of the reply) on one image, in as many attempts as the config allows."""
+    """(score, beginning of the reply) for one image, with at most as many attempts as the config allows."""
     body = request_body(endpoint.model, question, image, prompt)
     for attempt in range(1, config.endpoint_attempts + 1):
         try:
@@ -152,12 +153,12 @@ def ask(
                     "run evaluate.py score again, which goes on from here"
                 ) from None
             wait = failure.after if failure.after is not None else BACK_OFF * 2 ** (attempt - 1)
-            stop.wait(min(wait, LONGEST_WAIT))  # not asleep: another image's failure ends it
+            stop.wait(min(wait, LONGEST_WAIT))  # not time.sleep: another image's failure ends the wait
     raise AssertionError("endpoint_attempts is at least 1")
 
 
 def request_body(model: str, question: Question, image: Any, prompt: str) -> bytes:
-    """The JSON of a chat completion about one image. Deterministic as far as the server is: temperature 0."""
+    """The JSON of a chat completion about one image. Temperature 0: as deterministic as the server."""
     png = io.BytesIO()
     image.save(png, "PNG")
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -175,9 +176,9 @@ def request_body(model: str, question: Question, image: Any, prompt: str) -> byt
 
 
 def _request(url: str, body: bytes | None, timeout: float) -> Any:
-    """The JSON that the server answers with: to a POST of `body`, or to a GET.
+    """The JSON in the server's answer: to a POST of `body`, or to a GET without a body.
 
-    Raises Unanswered for what may pass, UserError for what will not.
+    Raises Unanswered for temporary failures, UserError for others.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if key := os.environ.get(KEY):
@@ -195,7 +196,7 @@ def _request(url: str, body: bytes | None, timeout: float) -> Any:
         cause = getattr(error, "reason", error)
         words = f"no answer in {timeout:g} s" if isinstance(cause, TimeoutError) else str(cause) or type(cause).__name__
         raise Unanswered(_without_key(_short(words))) from None
-    except ValueError:  # its message would quote the key
+    except ValueError:  # its message would contain the key
         raise UserError(f"{KEY} holds a character that no HTTP header can, such as the end of a line") from None
     try:
         return json.loads(text)
@@ -205,7 +206,7 @@ def _request(url: str, body: bytes | None, timeout: float) -> Any:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says of a failure: the `message` of OpenAI's and vLLM's errors, else how its text begins."""
+    """The server's error message: the `message` of OpenAI's and vLLM's errors, else the beginning of the text."""
     try:
         text = error.read(10_000).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -222,7 +223,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 def _seconds(header: str | None) -> float | None:
     try:
         return max(0.0, float(header)) if header else None
-    except ValueError:  # a date
+    except ValueError:  # Retry-After as a date
         return None
 
 
@@ -231,6 +232,6 @@ def _short(text: str) -> str:
 
 
 def _without_key(text: str) -> str:
-    """Servers quote the key that they refuse."""
+    """The text without the key: servers quote a key that they refuse."""
     key = os.environ.get(KEY)
     return text.replace(key, "***") if key else text

@@ -1,4 +1,4 @@
-"""Step 1: one image per model, prompt and sample, whatever is drawn beside it."""
+"""Step 1: draws one image per model, prompt and sample, each independent of the others."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ncp.common.files import write_file
 
 
 def seed_of(seed: int, prompt: str, sample: int) -> int:
-    """The noise of one image, in [0, 2^63): the same for every model, and whatever other prompts there are."""
+    """The noise seed of one image, in [0, 2^63): the same for every model, and independent of the other prompts."""
     digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of the index per image, by model, then prompt, then sample."""
+    """One row of the index per image, ordered by model, prompt and sample."""
     rows = []
     for model in models:
         for number, row in enumerate(prompts):
@@ -58,11 +58,11 @@ def image_rows(config: EvaluationConfig, models: list[Model], prompts: list[dict
 
 
 def generate(config: EvaluationConfig) -> None:
-    """Draws what is not drawn yet, then writes the index. Several processes share the work by batches."""
+    """Draws the missing images, then writes the index. Several processes share the batches."""
     prompts, repeated = read_prompts(config)
     base = find_base(config)
     models = find_models(config, base)
-    sampler(base, config)  # for what it refuses, before anything is written
+    sampler(base, config)  # for its errors, before anything is written
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")
@@ -70,9 +70,9 @@ def generate(config: EvaluationConfig) -> None:
     models = note_models(config, base, models, main=state.is_main_process)
     rows = image_rows(config, models, prompts)
     todo = [r for r in rows if not (folder / r["file"]).is_file()]
-    state.wait_for_everyone()  # no process may draw before all have looked
+    state.wait_for_everyone()  # no process may draw before all have checked the folder
     if state.is_main_process:
-        if todo:  # an index of what is about to change would mislead, if this run is interrupted
+        if todo:  # if this run is interrupted, an old index would be wrong
             (folder / "index.parquet").unlink(missing_ok=True)
         dropped = f" (drawn once: {repeated} repeated)" if repeated else ""
         print(f"{len(models)} models x {len(prompts)} prompts{dropped} x {config.samples_per_prompt} samples", end=": ")
@@ -90,9 +90,9 @@ def generate(config: EvaluationConfig) -> None:
 
 
 def note_models(config: EvaluationConfig, base: Model, models: list[Model], main: bool) -> list[Model]:
-    """Notes protocol, base and models in the output folder; returns the models under the weights they have in there.
+    """Records protocol, base and models in the output folder. Returns the models with the weight hashes recorded there.
 
-    Raises UserError if it holds images of another protocol, over another base, or of a model that has changed since.
+    Raises UserError if it holds images of another protocol, of another base, or of a model that has changed since.
     """
     path = Path(config.output_dir) / "protocol.json"
     noted = read_protocol(config) if path.exists() else {"models": {}}
@@ -117,7 +117,7 @@ def note_models(config: EvaluationConfig, base: Model, models: list[Model], main
                     f"model '{model.name}': the images in {images} were drawn with its own sampler, by an older "
                     "version; now all models have the base's; remove that folder"
                 )
-            model = replace(model, weights=was["weights"])  # by which index and scores know the images
+            model = replace(model, weights=was["weights"])  # index and scores identify images by this
         noted_models.append(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ def note_models(config: EvaluationConfig, base: Model, models: list[Model], main
 
 
 def changed_since(model: Model, was: dict[str, Any]) -> str:
-    """Which parts of a model differ from those noted as `was`, in words; empty if none does."""
+    """Which parts of a model differ from those recorded in `was`, in words; empty if none does."""
     if was.get("parts"):
         return changed_parts(model.parts, was["parts"])
-    # An older version noted one hash, of a pipeline that of its U-Net alone.
+    # An older version recorded one hash; for a pipeline, that of its U-Net only.
     return "" if was["weights"] in (model.weights, model.parts.get("unet")) else "weights"
 
 
@@ -148,8 +148,8 @@ def draw_all(model: Model, config: EvaluationConfig, batches: list[list[dict[str
 
 
 def draw(pipe: Any, rows: list[dict[str, Any]], config: EvaluationConfig) -> list[Any]:
-    """One PIL image per row, each from a generator of its own."""
-    from ncp.training.drawing import decode_latents  # here: diffusers takes seconds, and refusals come before
+    """One PIL image per row, each from its own random generator."""
+    from ncp.training.drawing import decode_latents  # here: diffusers takes seconds, and input errors come earlier
 
     with torch.no_grad():
         latents = pipe(
@@ -161,12 +161,12 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: EvaluationConfig) -> lis
             generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
             output_type="latent",
         ).images
-    return decode_latents(pipe.vae, latents)  # here, because the VAE's precision may be another
+    return decode_latents(pipe.vae, latents)  # not by the pipeline: the VAE may have another precision
 
 
 def save(image: Any, row: dict[str, Any], config: EvaluationConfig) -> None:
-    """A PNG that says what it is: prompt, model, sample, seed and protocol as text entries."""
-    import diffusers  # here: it takes seconds, and refusals come before
+    """Writes a PNG with prompt, model, sample, seed and protocol as text entries."""
+    import diffusers  # here: it takes seconds, and input errors come earlier
 
     text = PngInfo()
     for key in ("prompt", "model", "sample", "seed"):
@@ -174,5 +174,5 @@ def save(image: Any, row: dict[str, Any], config: EvaluationConfig) -> None:
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
     text.add_itxt("protocol", json.dumps({**config.protocol(), **versions}))
     path = Path(config.output_dir) / row["file"]
-    path.parent.mkdir(parents=True, exist_ok=True)  # not earlier: its folder says that a model has images
+    path.parent.mkdir(parents=True, exist_ok=True)  # not earlier: the folder means that a model has images
     write_file(path, lambda file: image.save(file, "PNG", pnginfo=text))

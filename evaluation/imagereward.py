@@ -1,7 +1,7 @@
 """ImageReward 1.0 in transformers' BLIP classes: image encoder, text encoder that attends to it, and a linear head.
 
-Its package does not import with the transformers of today. Names, preprocessing and standardisation are those of
-`ImageReward/ImageReward.py`, `models/BLIP/blip.py` and `models/BLIP/med.py` in THUDM/ImageReward, and of BLIP's
+Its own package cannot be imported with current transformers. Names, preprocessing and standardisation follow
+`ImageReward/ImageReward.py`, `models/BLIP/blip.py` and `models/BLIP/med.py` in THUDM/ImageReward, and BLIP's
 `models/vit.py` in salesforce/BLIP. The checkpoint's keys begin with `blip.visual_encoder.` (timm's names),
 `blip.text_encoder.` (BERT's, with `crossattention` in each layer) and `mlp.layers.`; its `blip.vision_proj` and
 `blip.text_proj` belong to BLIP's pre-training and are not used.
@@ -20,13 +20,13 @@ from torch.nn.functional import linear
 from ncp.common.errors import UserError
 
 FILES = ("ImageReward.pt", "med_config.json")
-PUBLISHED = {"ImageReward-v1.0": "zai-org/ImageReward"}  # the package's name for it: the repository on the hub
+PUBLISHED = {"ImageReward-v1.0": "zai-org/ImageReward"}  # name in the package: repository on the hub
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-LENGTH = 35  # tokens of a prompt, padded or cut
-HEAD = (0, 2, 4, 6, 7)  # numbers of the linear layers; between them dropout alone
+LENGTH = 35  # tokens of a prompt, padded or truncated
+HEAD = (0, 2, 4, 6, 7)  # numbers of the linear layers; only dropout between them
 HEAD_WIDTH = 64  # channels of an attention head of BLIP's image encoders, base and large
 
-# Of timm's image encoder to transformers' BlipVisionModel. Within a block the last two parts of a key decide.
+# Names in timm's image encoder to names in transformers' BlipVisionModel. Within a block the last two parts count.
 OUTSIDE = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -44,7 +44,10 @@ INSIDE = {
 
 
 def imagereward_files(place: str) -> tuple[Path, Path]:
-    """Checkpoint and text encoder's config: in a folder, beside a checkpoint, or on the hub. Raises UserError."""
+    """Paths of checkpoint and text encoder's config: in a folder, beside a checkpoint, or on the hub.
+
+    Raises UserError if they cannot be found.
+    """
     path = Path(place)
     if path.is_file():
         files = path, path.with_name(FILES[1])
@@ -62,7 +65,7 @@ def imagereward_files(place: str) -> tuple[Path, Path]:
 
 
 def imagereward_scorer(place: str, tokenizer_name: str, device: Any) -> Callable[[list[Any], list[str]], Any]:
-    """ImageReward as a function of N PIL images and N prompts: (N,) float32, standardised. In float32, as published."""
+    """ImageReward as a function of N PIL images and N prompts: (N,) float32, standardised. Runs in float32."""
     from transformers import BertTokenizer, CLIPImageProcessorPil
 
     checkpoint, med_config = imagereward_files(place)
@@ -73,9 +76,9 @@ def imagereward_scorer(place: str, tokenizer_name: str, device: Any) -> Callable
     text_encoder = blip_text_encoder(part(state, "blip.text_encoder."), config).to(device)
     head = [(state[f"mlp.layers.{n}.weight"].to(device), state[f"mlp.layers.{n}.bias"].to(device)) for n in HEAD]
     tokenizer = BertTokenizer.from_pretrained(tokenizer_name)
-    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's: a prompt that holds them is read as by it
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # as BLIP: matters for a prompt that contains them
     side = image_encoder.config.image_size
-    # Its defaults are CLIP's: bicubic, the shorter side to `side`, the middle, CLIP's mean and deviation.
+    # The defaults are CLIP's: bicubic, shorter side to `side`, centre crop, CLIP's mean and standard deviation.
     preprocess = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     @torch.no_grad()
@@ -95,7 +98,7 @@ def imagereward_scorer(place: str, tokenizer_name: str, device: Any) -> Callable
 
 
 def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under a prefix, without it. Raises ValueError if there are none."""
+    """The tensors under a prefix, which is removed from their names. Raises ValueError if there are none."""
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not found:
         raise ValueError(f"no weights under {prefix}")
@@ -103,7 +106,7 @@ def part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]
 
 
 def blip_image_encoder(state: dict[str, torch.Tensor]) -> Any:
-    """A BlipVisionModel from the weights of timm's ViT, with all sizes read off them."""
+    """A BlipVisionModel from the weights of timm's ViT. All sizes follow from the weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -114,7 +117,7 @@ def blip_image_encoder(state: dict[str, torch.Tensor]) -> Any:
         num_attention_heads=width // HEAD_WIDTH,
         image_size=round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch,
         patch_size=patch,
-        layer_norm_eps=1e-6,  # vit.py's; transformers' default is another
+        layer_norm_eps=1e-6,  # as in vit.py; transformers' default differs
     )
     model = BlipVisionModel(config)
     model.load_state_dict({rename(key): value for key, value in state.items()}, strict=True)
@@ -122,7 +125,7 @@ def blip_image_encoder(state: dict[str, torch.Tensor]) -> Any:
 
 
 def rename(key: str) -> str:
-    """transformers' name for a tensor of timm's ViT. Raises KeyError if it is none."""
+    """transformers' name for a tensor of timm's ViT. Raises KeyError for an unknown name."""
     if key in OUTSIDE:
         return OUTSIDE[key]
     module, _, kind = key.rpartition(".")
@@ -133,9 +136,10 @@ def rename(key: str) -> str:
 
 
 def blip_text_encoder(state: dict[str, torch.Tensor], med_config: dict[str, Any]) -> Any:
-    """A BlipTextModel without pooling from the weights of BLIP's BERT; its config as in `med_config.json`.
+    """A BlipTextModel without pooling from the weights of BLIP's BERT, with the config of `med_config.json`.
 
-    The width of what it attends to is read off the weights: the file's own, 768, is that of the smaller image encoder.
+    The width of the image features follows from the weights: the config's value, 768, is that of the smaller image
+    encoder.
     """
     from transformers import BlipTextConfig, BlipTextModel
 
@@ -145,7 +149,7 @@ def blip_text_encoder(state: dict[str, torch.Tensor], med_config: dict[str, Any]
     config = BlipTextConfig(
         **{key: med_config[key] for key in keys},
         encoder_hidden_size=seen,
-        is_decoder=True,  # it has cross attention; whether it looks ahead is said at each call, and by default it does
+        is_decoder=True,  # for the cross attention; causal masking is set by each call, off by default
     )
     model = BlipTextModel(config, add_pooling_layer=False)
     model.load_state_dict(state, strict=True)

@@ -1,4 +1,4 @@
-"""What is compared: the base pipeline, and LoRAs, U-Nets, pipelines and training checkpoints."""
+"""The models that are compared: the base pipeline, LoRAs, U-Nets, other pipelines and training checkpoints."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ncp.common.errors import UserError
 from ncp.common.files import sha256
 
 LORA = "pytorch_lora_weights.safetensors"
-# What makes a folder or hub repository one of these, looked for in this order.
+# The file that identifies the kind of a folder or hub repository, checked in this order.
 FILE_OF_KIND = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/config.json", "bare unet": "config.json"}
-# Or a single file of weights, whatever its name: OWNER/NAME/FILE on the hub.
+# A model may also be a single file of weights under any name: on the hub OWNER/NAME/FILE.
 HUB_FILE = r"(\w[\w.-]*/[\w.-]+)/([\w./+ -]+)"
 WEIGHTS = (".safetensors", ".bin")
 SCHEDULER = "scheduler/scheduler_config.json"
-# Of a scheduler's config, what the weights were trained with; the rest is how to sample.
+# Keys of a scheduler's config that belong to the trained weights; the others are sampler settings.
 SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr"),
 )
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that draw nothing here
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not used for drawing here
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 UNET_CLASS = "UNet2DConditionModel"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to draw with. `weights` tells its images from others: a hash of `parts`, or the hub's commit.
+    """A model to draw with. `weights` identifies its images: a hash of `parts`, or the hub's commit.
 
-    kind: of FILE_OF_KIND, or "lora" or "unet state" for a single file, which is `file`.
-    `parts` are the hashes of what it draws with, by name: of a pipeline its components, else "weights" or "commit".
-    `run`, `step` and `seconds` (of training up to there, if the checkpoint says) belong to training checkpoints.
+    kind: a key of FILE_OF_KIND, or "lora" or "unet state" for the single file `file`.
+    parts: hashes of everything that it draws with, by name: a pipeline's components, else "weights" or "commit".
+    run, step, seconds (training time so far, if known): only for training checkpoints.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Model:
 
 
 def find_base(config: EvaluationConfig) -> Model:
-    """The base pipeline, over which LoRAs and U-Nets are drawn. Raises UserError if it is none."""
+    """The base pipeline, to which LoRAs and U-Nets are applied. Raises UserError if it is not a pipeline."""
     base = find_model("base", config.pretrained_model_name_or_path, config)
     if base.kind != "pipeline":
         raise UserError(f"pretrained_model_name_or_path: {base.path} is a {base.kind}; expected a diffusers pipeline")
@@ -61,9 +61,9 @@ def find_base(config: EvaluationConfig) -> Model:
 
 
 def find_models(config: EvaluationConfig, base: Model) -> list[Model]:
-    """The configured models, then the runs' checkpoints by step. Loads nothing.
+    """The configured models, then the runs' checkpoints in order of step. Loads nothing.
 
-    Raises UserError for one that is not there, or that is none of FILE_OF_KIND.
+    Raises UserError for a model that does not exist, or that is of no kind in FILE_OF_KIND.
     """
     found = []
     for name, path in named_paths(config.models):
@@ -74,7 +74,7 @@ def find_models(config: EvaluationConfig, base: Model) -> list[Model]:
 
 
 def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
-    """The model behind a NAME=PATH entry. Raises UserError if there is none."""
+    """The model of a NAME=PATH entry. Raises UserError if there is none."""
     place = Path(path)
     if place.is_file():
         if (kind := kind_of_file(f"model '{name}'", place)) == "checkpoint":
@@ -99,7 +99,7 @@ def find_model(name: str, path: str, config: EvaluationConfig) -> Model:
 
 
 def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
-    """What all images of a protocol share, by name: the base's parts, and those of a VAE that replaces its own."""
+    """The parts that all images of a protocol share, by name: those of the base, and of a VAE that replaces its own."""
     if (vae := config.pretrained_vae_model_name_or_path) is None:
         return base.parts
     from ncp.training.pipeline import identity
@@ -108,8 +108,11 @@ def common_parts(base: Model, config: EvaluationConfig) -> dict[str, str]:
 
 
 def _in_one_file(name: str, path: str, config: EvaluationConfig) -> Model:
-    """A whole checkpoint: known by the file, the tokenizers and the configs. Raises UserError for one of no use."""
-    from ncp.training import single_file  # here and below: it takes seconds, which not every step needs
+    """A complete single-file checkpoint, identified by the file, the tokenizers and the configs.
+
+    Raises UserError if it cannot be used.
+    """
+    from ncp.training import single_file  # here and below: it takes seconds, and not every step needs it
 
     place, given = Path(path), config.single_file_config
     parts = {"checkpoint": sha256(place)}
@@ -128,7 +131,7 @@ def changed_parts(now: dict[str, str], before: dict[str, str]) -> str:
 
 
 def find_checkpoints(run: str, folder: Path) -> list[Model]:
-    """The checkpoints in a training run's output folder, by step."""
+    """The checkpoints in a training run's output folder, in order of step."""
     found = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / LORA).is_file() and (step := checkpoint.name.rpartition("-")[2]).isdigit():
@@ -145,7 +148,7 @@ def find_checkpoints(run: str, folder: Path) -> list[Model]:
 def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     """The model as a diffusers pipeline on its device, in the protocol's precision and with its sampler.
 
-    The VAE, its own or the replacement, is in float32 where its config asks for that: SDXL's own overflows in fp16.
+    The VAE (its own or the replacement) is in float32 if its config requires that: SDXL's overflows in fp16.
     """
     import diffusers
     import torch
@@ -164,8 +167,8 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     vae_from: dict[str, str | None] = {"pretrained_model_name_or_path": replacement or name}
     vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
-        # Given to the pipeline as it is made, which would complain about schedulers that it then does not use. The
-        # feature extractor is the safety checker's; SD 1.5's files name it by a class that is no more.
+        # Passed to the constructor, which would otherwise warn about the pipeline's own scheduler. The feature
+        # extractor belongs to the safety checker; SD 1.5's files name a class for it that no longer exists.
         parts = {"scheduler": sampler(model, config), "safety_checker": None, "feature_extractor": None}
         if in_one and not replacement:
             vae_config = single_file.read_json(Path(name), given, "vae/config.json")
@@ -190,7 +193,7 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
             pipe.register_modules(unet=unet)
         if model.kind == "lora":
             pipe.load_lora_weights(model.file or model.path)
-            if not pipe.get_active_adapters():  # diffusers says nothing, and would draw the base
+            if not pipe.get_active_adapters():  # diffusers does not report it, and would draw the base
                 raise ValueError("none of its weights belong to this U-Net")
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # a missing file, other shapes, damaged weights
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -200,10 +203,10 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
 
 
 def sampler(model: Model, config: EvaluationConfig) -> Any:
-    """The protocol's sampler: one class and one set of settings for all models, the base's where it says `pipeline`.
+    """The protocol's sampler: one class and the same settings for all models; with `pipeline` those of the base.
 
-    What belongs to the weights is a pipeline's own: its noise schedule, and what its U-Net predicts.
-    Raises UserError if the base names no sampler that diffusers has.
+    The settings that belong to the weights come from each pipeline: noise schedule and prediction type.
+    Raises UserError if the base names a sampler that diffusers does not have.
     """
     import diffusers
 
@@ -219,7 +222,7 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     else:
         cls, changes = {
             "ddim": (diffusers.DDIMScheduler, {}),
-            "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),  # as Stable Diffusion's own config has it
+            "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),  # as in Stable Diffusion's own config
             "euler": (diffusers.EulerDiscreteScheduler, {}),
             "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
         }[config.scheduler]
@@ -231,12 +234,12 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
 
 
 def sampler_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler config without what belongs to the weights."""
+    """A scheduler config without the keys that belong to the weights."""
     return {k: v for k, v in scheduler.items() if k not in (*SCHEDULE, "_diffusers_version")}
 
 
 def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
-    """Whether this pipeline's scheduler config names another sampler than the base's, or other settings of it."""
+    """Whether this pipeline's scheduler config differs from the base's in the sampler or its settings."""
     from ncp.training.pipeline import read_json
 
     base = config.pretrained_model_name_or_path
@@ -248,9 +251,9 @@ def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
 
 
 def _hash_parts(folder: Path, kind: str, variant: str | None) -> dict[str, str]:
-    """Hashes of what draws, by part: of a pipeline its components and their configs, else the weights.
+    """Hashes by part: of a pipeline's components and their configs, else of the weights.
 
-    `unet` of a pipeline is of its weight files alone, by which older versions told pipelines apart.
+    A pipeline's `unet` hash covers its weight files only, because older versions identified pipelines by it.
     """
     if kind != "pipeline":
         return {"weights": _hash_weights(folder / "unet" if kind == "unet" else folder, kind, variant)}
@@ -274,7 +277,7 @@ def _hash_weights(folder: Path, kind: str, variant: str | None) -> str:
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:
-    """Weight files by name. A folder may hold several variants of the same weights; the one in use counts."""
+    """Weight files in order of name. If a folder holds several variants of the weights, only the one in use counts."""
     files = sorted(f for f in folder.glob("*") if f.suffix in WEIGHTS)
     return [f for f in files if variant and f".{variant}." in f.name] or files
 
@@ -290,7 +293,7 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
             if not isinstance(error, LocalEntryNotFoundError):
                 continue
             failure: Exception = error
-        except Exception as error:  # gated, no such repository, a proxy in the way
+        except Exception as error:  # gated, no such repository, a proxy
             failure = error
         else:
             _check_class(name, kind, path)
@@ -298,13 +301,13 @@ def _on_hub(name: str, repository: str, revision: str | None) -> Model:
             return Model(name, kind, repository, commit, parts={"commit": commit})
         reason = hub.reason(failure)
         raise UserError(f"model '{name}': {repository} is no local folder; the hub gave no {file}: {reason}") from None
-    if only := only_file_on_hub(repository, revision):  # such as a LoRA under its own name
+    if only := only_file_on_hub(repository, revision):  # such as a LoRA under another file name
         return _file_on_hub(name, repository, repository, only)
     raise UserError(f"model '{name}': the hub's {repository} holds neither a pipeline, nor {LORA}, nor a U-Net")
 
 
 def _file_on_hub(name: str, path: str, repository: str, file: str) -> Model:
-    """A single file of weights in a hub repository. Raises UserError if it cannot be had, or holds other weights."""
+    """A single file of weights in a hub repository. Raises UserError if it is unavailable or holds other weights."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -320,7 +323,7 @@ def _file_on_hub(name: str, path: str, repository: str, file: str) -> Model:
 
 
 def _check_class(name: str, kind: str, file: Path) -> None:
-    """Raises UserError if a pipeline's or U-Net's JSON says that it is of another class."""
+    """Raises UserError if a pipeline's or U-Net's JSON names another class."""
     expected = {"pipeline": PIPELINE_CLASSES, "unet": (UNET_CLASS,), "bare unet": (UNET_CLASS,)}.get(kind)
     if expected and (found := _json(file).get("_class_name")) not in expected:
         raise UserError(f"model '{name}': {file} is of a {found}; expected {' or '.join(expected)}")

@@ -1,11 +1,12 @@
-"""MPS, overall preference: CLIP-H whose image tokens attend to the prompt's words before they are compared with it.
+"""MPS, overall preference: a CLIP-H whose image tokens attend to the prompt's words before the comparison with it.
 
-"Learning Multi-dimensional Human Preference for Text-to-Image Generation" (CVPR 2024), trained on MHP and not on
-Pick-a-Pic. Names and arithmetic as in `trainer/models/clip_model.py` and `cross_modeling.py` of Kwai-Kolors/MPS, for
-one image as in its `eval_overall_mps_on_hpdv2.py`, whose threshold (0.3) is taken: the training code's own is 0.01.
+"Learning Multi-dimensional Human Preference for Text-to-Image Generation" (CVPR 2024), trained on MHP, not on
+Pick-a-Pic. Names and arithmetic follow `trainer/models/clip_model.py` and `cross_modeling.py` of Kwai-Kolors/MPS. A
+single image is scored as in its `eval_overall_mps_on_hpdv2.py`, with that script's threshold of 0.3 (the training code
+has 0.01).
 
-Checkpoints: the authors' `MPS_overall_checkpoint.pth`, a pickled module, or its tensors by name as safetensors or torch
-file, with or without the prefix `mps.` of imscore's copy on the hub.
+A checkpoint is the authors' `MPS_overall_checkpoint.pth`, a pickled module, or its tensors by name in a safetensors or
+torch file, with or without the prefix `mps.` of imscore's copy on the hub.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from typing import Any
 import torch
 from torch.nn.functional import layer_norm, linear, normalize, scaled_dot_product_attention, silu
 
-# What counts in an image, in the authors' words: words of the prompt that are far from all of these are left out.
+# The authors' condition, a list of image properties: words of the prompt that are far from all of these are left out.
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
 THRESHOLD = 0.3
-CLIP_HEADS = 16  # of both towers of CLIP-H; not to be read off the weights
-BASE = 10_000  # of the rotary positions
+CLIP_HEADS = 16  # of both towers of CLIP-H; does not follow from the weights
+BASE = 10_000  # of the rotary position embedding
 
 Weights = dict[str, torch.Tensor]
 
 
 def mps_file(place: str) -> Path:
-    """The checkpoint: a file, a folder's or hub repository's model.safetensors."""
+    """The checkpoint: a file, or model.safetensors in a folder or hub repository."""
     path = Path(place)
     if path.is_file() or path.is_dir():
         return path / "model.safetensors" if path.is_dir() else path
@@ -42,7 +43,7 @@ def mps_file(place: str) -> Path:
 def read_mps(file: Path) -> tuple[Any, list[Weights]]:
     """(transformers' CLIPModel, weights of each cross-attention layer and of the self-attention layer after it).
 
-    float32 on the CPU. Raises ValueError or KeyError for a file of other content.
+    float32 on the CPU. Raises ValueError or KeyError for a file with other content.
     """
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def read_mps(file: Path) -> tuple[Any, list[Weights]]:
 
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # a module, or no torch file at all, which read_module tells apart
+        except Exception:  # a pickled module, or not a torch file: read_module checks which
             state = read_module(file)
     state = {key.removeprefix("mps."): value.float() for key, value in state.items() if torch.is_floating_point(value)}
     clip = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
@@ -68,7 +69,7 @@ def read_mps(file: Path) -> tuple[Any, list[Weights]]:
 
 
 def clip_model(state: Weights) -> Any:
-    """A CLIPModel with exact GELU, as LAION's CLIP-H; all sizes but the number of heads are read off the weights."""
+    """A CLIPModel with exact GELU, like LAION's CLIP-H. All sizes but the number of heads follow from the weights."""
     from transformers import CLIPConfig, CLIPModel
 
     def tower(name: str, width: int) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def clip_model(state: Weights) -> Any:
     dimension, width = state["text_projection.weight"].shape
     vocabulary = len(state["text_model.embeddings.token_embedding.weight"])
     length = len(state["text_model.embeddings.position_embedding.weight"])
-    # The end token is the last of the vocabulary, and pooled where it first occurs: it also pads.
+    # The end token is the last of the vocabulary, and also the padding. Pooling uses its first occurrence.
     ends = {"eos_token_id": vocabulary - 1, "bos_token_id": vocabulary - 2, "pad_token_id": vocabulary - 1}
     text = {**tower("text", width), **ends, "vocab_size": vocabulary, "max_position_embeddings": length}
     channels, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
@@ -98,13 +99,13 @@ def clip_model(state: Weights) -> Any:
 def mps_scorer(clip: Any, layers: list[Weights], scale: float) -> Callable[[list[Any], list[str]], Any]:
     """MPS as a function of N PIL images and N prompts: (N,) float32.
 
-    clip: with `model`, on its device and in its precision, `tokenizer` and `preprocess`. scale: of the cosine.
+    clip: has `model` (on its device, in its precision), `tokenizer` and `preprocess`. scale: factor of the cosine.
     """
     model = clip.model
     layers = [{name: w.to(model.device, model.dtype) for name, w in layer.items()} for layer in layers]
 
     def read(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (N, 77, D) of all tokens, the padding among them, and (N, D) of the first end token."""
+        """Embeddings of all tokens including padding (N, 77, D), and of the first end token (N, D)."""
         length = model.config.text_config.max_position_embeddings
         ids = clip.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         out = model.text_model(input_ids=ids["input_ids"].to(model.device))
@@ -128,18 +129,18 @@ def mps_scorer(clip: Any, layers: list[Weights], scale: float) -> Callable[[list
 
 
 def words_that_count(words: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """(N, L) bool: tokens of a prompt whose likeness to the condition's nearest token is above the threshold.
+    """(N, L) bool: tokens of a prompt whose similarity to the condition's nearest token is above the threshold.
 
-    words: (N, L, D); condition: (1, M, D). Likeness is relative to the prompt's token that is nearest of all.
+    words: (N, L, D); condition: (1, M, D). Similarities are relative to the largest one in the prompt.
     """
     near = (words @ condition.mT).amax(-1)  # (N, L)
     return near / near.amax(-1, keepdim=True) > THRESHOLD
 
 
 def cross_attention(x: torch.Tensor, words: torch.Tensor, counted: torch.Tensor, w: Weights) -> torch.Tensor:
-    """(N, T, D): each image token attends to the counted words; beside it, a feed-forward layer. One head of keys.
+    """(N, T, D): each image token attends to the counted words, in parallel with a feed-forward layer.
 
-    x: (N, T, D); words: (N, L, D); counted: (N, L).
+    x: (N, T, D); words: (N, L, D); counted: (N, L). There is one head of keys and values.
     """
     x = layer_norm(x, x.shape[-1:], w["norm.weight"])
     k, v = linear(words, w["to_kv.weight"]).chunk(2, -1)
@@ -148,9 +149,9 @@ def cross_attention(x: torch.Tensor, words: torch.Tensor, counted: torch.Tensor,
 
 
 def self_attention(x: torch.Tensor, w: Weights, channels: int) -> torch.Tensor:
-    """(N, T, D): each image token attends to all, by rotary positions; beside it, a feed-forward layer.
+    """(N, T, D): each image token attends to all, with rotary positions, in parallel with a feed-forward layer.
 
-    channels: of a head. Queries, the one head of keys, of values, and the feed-forward layer are one matrix.
+    channels: of a head. One matrix holds the queries, the one head of keys, that of values, and the feed-forward layer.
     """
     x = layer_norm(x, x.shape[-1:], w["norm.weight"])
     queries, inner = w["attn_out.weight"].shape[1], w["ff_out.1.weight"].shape[1]
@@ -160,7 +161,7 @@ def self_attention(x: torch.Tensor, w: Weights, channels: int) -> torch.Tensor:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """(N, T, H C) of queries (N, T, H C) with one head of keys and values (N, L, C), scaled by 1 / sqrt(C)."""
+    """(N, T, H C): attention of queries (N, T, H C) to one head of keys and values (N, L, C), scaled by 1 / sqrt(C)."""
     heads = q.shape[-1] // k.shape[-1]
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # (N, H, T, C)
     k, v = (t[:, None].expand(-1, heads, -1, -1) for t in (k, v))
@@ -169,7 +170,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counted: torch.
 
 
 def rotated(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Rotary positions along dimension 1 of (N, T, H C): channel c turns with channel c + C / 2 of its head."""
+    """Rotary positions along dimension 1 of (N, T, H C): channel c is rotated with channel c + C / 2 of its head."""
     exponent = torch.arange(0, channels, 2, device=x.device, dtype=torch.float32) / channels
     angle = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None] / BASE**exponent  # (T, C / 2)
     cos, sin = (f(angle)[None, :, None].to(x.dtype) for f in (torch.cos, torch.sin))

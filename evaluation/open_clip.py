@@ -1,4 +1,4 @@
-"""HPSv2's weights come in open_clip's layout; this puts them into transformers' CLIPModel."""
+"""Loads HPSv2's weights, which are in open_clip's layout, into transformers' CLIPModel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Of one layer: open_clip's names and transformers'. The fused q, k, v is split apart.
+# Names within a layer: open_clip's to transformers'. The fused q, k, v is split.
 LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -19,7 +19,7 @@ LAYER = {
 def clip_from_open_clip(state: dict[str, torch.Tensor], heads: int = 16) -> Any:
     """A transformers CLIPModel from the state dict of an open_clip ViT with the plain text tower and exact GELU.
 
-    All sizes are read off the weights; only the number of attention heads cannot be (ViT-H-14: 16 in both towers).
+    All sizes follow from the weights, except the number of attention heads (ViT-H-14: 16 in both towers).
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -41,7 +41,7 @@ def clip_from_open_clip(state: dict[str, torch.Tensor], heads: int = 16) -> Any:
         **tower("transformer.", text_width),
         "vocab_size": vocabulary,
         "max_position_embeddings": len(state["positional_embedding"]),
-        # open_clip pools where the token's number is largest: at the end token, the last of the vocabulary.
+        # open_clip pools at the largest token id: the end token, which is the last of the vocabulary.
         "eos_token_id": vocabulary - 1,
         "bos_token_id": vocabulary - 2,
         "pad_token_id": 0,

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing beside them: the report's page, and the pieces that it shares with the judges' page."""
+"""Self-contained HTML pages: the report's page, and the parts that it shares with the judges' page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from evaluation.protocol import EvaluationConfig
 from evaluation.sections import Section
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SIDE = 320  # pixels of an image in the report, at most
-MANY_ROWS = 12  # beyond which a foldable table is folded
+SIDE = 320  # maximum side of an image in the report, in pixels
+MANY_ROWS = 12  # a foldable table with more rows is folded
 
 
-# ---------------------------------------------------------------- pieces
+# ---------------------------------------------------------------- shared parts
 
 
 def fill_template(template: Path, values: dict[str, str]) -> str:
@@ -34,7 +34,7 @@ def fill_template(template: Path, values: dict[str, str]) -> str:
 
 
 def script_json(data: Any) -> str:
-    """JSON that is safe within <script>, whatever a prompt says."""
+    """JSON that is safe within <script> for any prompt."""
     return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
@@ -43,14 +43,14 @@ def data_url(data: bytes, kind: str) -> str:
 
 
 def thumbnail(path: Path, side: int = SIDE) -> Image.Image:
-    """The picture in RGB, no larger than `side`."""
+    """The image in RGB, no larger than `side`."""
     image = Image.open(path).convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
 def thumbnail_url(path: Path, side: int = SIDE, quality: int = 85) -> str:
-    """A picture as a data URL, no larger than `side`, without the original's metadata."""
+    """An image as a data URL, no larger than `side`, without the original's metadata."""
     image = thumbnail(path, side)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, lossless=max(image.size) < 200)
@@ -76,7 +76,7 @@ def report_page(
     sections: list[Section],
     figures: dict[str, bytes],
 ) -> str:
-    """report.html with everything inside. chosen: numbers of the prompts to show. figures: PNG by name."""
+    """The text of report.html, self-contained. chosen: numbers of the prompts to show. figures: PNG by name."""
     data = prompt_data(config, compared, chosen)
     parts = [section_html(section, figures) for section in sections]
     values = {"FIRST": html.escape(first_line), "SECTIONS": "\n".join(parts), "DATA": script_json(data)}
@@ -84,7 +84,7 @@ def report_page(
 
 
 def prompt_data(config: EvaluationConfig, compared: Comparison, chosen: list[int]) -> dict[str, Any]:
-    """What the page's script sorts and filters: the chosen prompts with their images and scores."""
+    """The data that the page's script sorts and filters: the chosen prompts with their images and scores."""
     names, scores = config.model_names, compared.scores
     files = {(r["model"], r["prompt_number"]): r["file"] for r in compared.images if r["sample"] == 0}
     rows = [scores.models.index(m) for m in names]
@@ -99,7 +99,7 @@ def prompt_data(config: EvaluationConfig, compared: Comparison, chosen: list[int
                 "prompt": scores.prompts[n],
                 "categories": [name for name in scores.categories[n] if name],
                 "images": [thumbnail_url(Path(config.output_dir) / files[m, n]) for m in names],
-                # NaN is no JSON.
+                # JSON has no NaN.
                 "scores": [
                     [None if np.isnan(table[m, n, 0]) else round(float(table[m, n, 0]), 5) for m in rows]
                     for table in scores.by_scorer.values()
@@ -111,7 +111,7 @@ def prompt_data(config: EvaluationConfig, compared: Comparison, chosen: list[int
 
 
 def section_html(section: Section, figures: dict[str, bytes]) -> str:
-    """A section with those of its figures that there are."""
+    """A section as HTML, with its figures that exist."""
     pictures = "".join(
         f'<img class="plot {name}" alt="{section.title}" src="{data_url(figures[name], "png")}">'
         for name in section.figures

@@ -1,7 +1,7 @@
-"""The weights in a pickled torch module, read without importing its classes or running anything of the file's.
+"""Reads the weights in a pickled torch module without importing its classes or running code from the file.
 
-Some checkpoints are whole modules, `torch.save(model)`: unpickling one as usual imports the author's code, and can run
-any. Here a name in the pickle becomes a tensor, an OrderedDict, or an empty shell that only keeps its state.
+Some checkpoints are whole modules, `torch.save(model)`. Ordinary unpickling imports the author's code, and can run any
+code. Here each name in the pickle becomes a tensor, an OrderedDict, or an empty shell that only stores its state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class Shell:
-    """Stands for an object of any other class or for a function's result: does nothing, and keeps its state."""
+    """Replaces an object of any other class, or a function's result: does nothing, but stores its state."""
 
     state: Any = None
 
@@ -29,10 +29,10 @@ class Shell:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None:  # of a class made from dict
+    def __setitem__(self, key: Any, value: Any) -> None:  # for a subclass of dict
         pass
 
-    def append(self, *args: Any) -> None:  # from list
+    def append(self, *args: Any) -> None:  # for a subclass of list
         pass
 
     add = extend = append
@@ -59,13 +59,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_module(file: Path) -> dict[str, torch.Tensor]:
-    """Parameters by their dotted names, as the module's `state_dict()` would have them; without buffers.
+    """Parameters by their dotted names, like the module's `state_dict()` but without buffers.
 
-    Raises ValueError if the file holds no module, and what torch and pickle raise for one that is damaged.
+    Raises ValueError if the file holds no module, and the errors of torch and pickle for a damaged file.
     """
     inert = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="inert")
     with open(file, "rb") as handle:
-        if handle.read(4) != b"PK\x03\x04":  # torch's older form, which it reads by `load` in several pieces
+        if handle.read(4) != b"PK\x03\x04":  # torch's older format, which `load` reads in several pieces
             raise ValueError("not a file of torch.save since PyTorch 1.6")
     parameters = dict(_parameters(torch.load(file, map_location="cpu", weights_only=False, pickle_module=inert), ""))
     if not parameters:
@@ -74,7 +74,7 @@ def read_module(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _parameters(module: Any, prefix: str) -> Any:
-    """(name, tensor) of a module and of those within it, which nn.Module's state keeps by these two names."""
+    """Yields (name, tensor) of a module and its submodules, from nn.Module's `_parameters` and `_modules`."""
     state = module.state if isinstance(module, Shell) and isinstance(module.state, dict) else {}
     for name, value in (state.get("_parameters") or {}).items():
         if isinstance(value, torch.Tensor):

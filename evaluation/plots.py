@@ -29,7 +29,7 @@ def _bare(axes: Any) -> None:
 
 
 def win_rates(results: list[Result]) -> bytes:
-    """One line per comparison and judge: the win-rate with its 95% interval, and 50% for orientation."""
+    """One line per comparison and judge: the win-rate with its 95% interval, and a mark at 50%."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.42 * len(results)))
     labels, judges = [], list(dict.fromkeys(r.judge for r in results))
     several = len({(r.reference, r.model) for r in results}) > 1
@@ -50,10 +50,10 @@ def win_rates(results: list[Result]) -> bytes:
 
 
 def curves(points: list[CurvePoint], reference: dict[str, float], name: str, by: str) -> bytes:
-    """Reward against `by` ("step" or "seconds"), one panel per judge, one line per run.
+    """Scores against `by` ("step" or "seconds"), one panel per judge, one line per run.
 
-    On the left the gain over the model called `name`, with its 95% interval; on the right the mean score itself.
-    reference: judge to that model's mean score.
+    Left axis: the gain over the model called `name`, with its 95% interval. Right axis: the mean score.
+    reference: that model's mean score by judge.
     """
     judges = list(dict.fromkeys(p.judge for p in points))
     figure, panels = plt.subplots(1, len(judges), figsize=(4.6 * len(judges), 3.4), squeeze=False)
@@ -78,7 +78,7 @@ def curves(points: list[CurvePoint], reference: dict[str, float], name: str, by:
 
 
 def votes(tallies: list[Tally]) -> bytes:
-    """Wins, ties and losses of each comparison and question as one bar of 100%, after the majority of the judges."""
+    """Wins, ties and losses, by the judges' majority, as one bar of 100% for each comparison and question."""
     figure, axes = plt.subplots(figsize=(7, 0.8 + 0.5 * len(tallies)))
     for place, t in enumerate(tallies):
         left = 0.0

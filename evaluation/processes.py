@@ -13,9 +13,9 @@ from ncp.common.processes import launcher_mismatch
 
 
 def processes() -> Any:
-    """accelerate's view of this process: device, index, how many there are. Without a GPU they meet on the CPU.
+    """accelerate's state of this process: device, index, number of processes. Without a GPU they use the CPU.
 
-    Raises UserError if that is not what the launcher says.
+    Raises UserError if this does not match the launcher's processes.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     if reason := launcher_mismatch(state.num_processes):

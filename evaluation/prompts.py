@@ -1,4 +1,4 @@
-"""Prompts and their categories, from files or a hub dataset."""
+"""Reads prompts and their categories from files or a hub dataset."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from evaluation.protocol import EvaluationConfig
 from ncp.common import hub
 from ncp.common.errors import UserError
 
-COLUMNS = ("prompt", "caption", "text")  # tried in this order, whatever their case
+COLUMNS = ("prompt", "caption", "text")  # tried in this order, ignoring case
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, Any]], int]:
-    """([{prompt, category, categories}], number of repetitions), in the order of the files, each prompt once.
+    """([{prompt, category, categories}], number of repeated prompts), in the order of the files, each prompt once.
 
-    `categories` are all that a prompt occurs in, "" if there are none, and `category` is the first of them.
+    `categories` are all categories of a prompt ("" if there are none), and `category` is the first of them.
 
     Raises UserError for a file that is missing, unreadable or without prompts, and for a missing column.
     """
@@ -32,7 +32,7 @@ def read_prompts(config: EvaluationConfig) -> tuple[list[dict[str, Any]], int]:
     else:
         files = _files(config)
         tables = [_read(file, config) for file in files]
-        # A file is a category if there are several; but not where each prompt has a text file of its own (DPG-Bench).
+        # With several files each is a category, unless every prompt has its own text file (DPG-Bench).
         alone = all(file.suffix == ".txt" and len(table) <= 1 for file, table in zip(files, tables, strict=True))
         named = len(files) > 1 and not alone
         found = [
@@ -59,11 +59,11 @@ def _files(config: EvaluationConfig) -> list[Path]:
     if not path.is_dir():
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", config.prompts) or path.suffix in SUFFIXES:
             raise UserError(f"prompts: no such file or folder: {config.prompts}")
-        if not patterns:  # a dataset of images can be hundreds of gigabytes
+        if not patterns:  # an image dataset can have hundreds of gigabytes
             raise UserError(f"prompts: say which files of the hub dataset '{config.prompts}' in prompts_files")
         path = _from_hub(config.prompts, patterns)
     names = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES}
-    # In the order of the patterns, so that max_prompts takes from the first.
+    # In the order of the patterns, so that max_prompts takes prompts from the first ones.
     chosen = dict.fromkeys(n for pattern in patterns or ["*"] for n in names if fnmatch(n, pattern))
     if not chosen:
         wanted = f" that match {', '.join(patterns)}" if patterns else ""
@@ -87,7 +87,7 @@ def _text(cell: Any) -> str:
 
 
 def _read(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """{prompt, category} of each row of a file that has a prompt; the category as it is, None without a column."""
+    """{prompt, category} of each row that has a prompt. The category is the unchanged value, None without a column."""
     try:
         if file.suffix == ".parquet":
             table = _parquet(file, config)
@@ -115,14 +115,14 @@ def _read(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
 
 
 def _objects(content: Any) -> list[dict[str, Any]]:
-    """Rows of a JSON list. Raises ValueError if it is none of texts or objects."""
+    """The rows of a JSON list. Raises ValueError if it is not a list of texts or objects."""
     if not isinstance(content, list) or not all(isinstance(r, (str, dict)) for r in content):
         raise ValueError("expected a list of texts or of objects")
     return [r if isinstance(r, dict) else {"prompt": r} for r in content]
 
 
 def _parquet(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """Only the columns that are asked for: Pick-a-Pic's files hold images too."""
+    """The rows of a parquet file. Reads only the columns needed, because Pick-a-Pic's files contain images too."""
     import pyarrow.parquet as pq
 
     wanted = _columns(pq.read_schema(file).names, config, file)
@@ -130,7 +130,7 @@ def _parquet(file: Path, config: EvaluationConfig) -> list[dict[str, Any]]:
 
 
 def _columns(names: list[str], config: EvaluationConfig, file: Path) -> tuple[str, str | None]:
-    """The names of the prompt column and of the category column, if one is asked for."""
+    """The names of the prompt column and of the category column (None if not configured)."""
     for key in (config.prompt_column, config.category_column):
         if key is not None and key not in names:
             raise UserError(f"prompts: {file} has no column '{key}'; it has {', '.join(names)}")

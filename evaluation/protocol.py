@@ -1,4 +1,4 @@
-"""The evaluation's settings: one configuration for all its steps, and the checks that need nothing but it."""
+"""The evaluation's settings: one configuration for all its steps, and checks of the configuration alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evaluation.questions import QUESTIONS, VLM_QUESTION, find_endpoints, questi
 from ncp.common.config import one_item_each, option
 from ncp.common.errors import UserError
 
-# Keys. An image is a function of these, of the model's weights, of its prompt and of its sample's number; nothing else.
+# Keys that decide an image, together with the model's weights, the prompt and the sample's number. Nothing else does.
 PROTOCOL = (
     "pretrained_model_name_or_path",
     "revision",
@@ -32,7 +32,7 @@ SCORERS = (
     *QUESTIONS,
     *("oracle_overall", "oracle_appeal", "oracle_alignment"),
 )
-# The keys that say where a scorer's weights are.
+# The keys with the location of a scorer's weights.
 WEIGHT_KEYS = {
     "pickscore": ("pickscore_model", "clip_h_processor"),
     "hpsv2": ("hpsv2_checkpoints", "clip_h_processor"),
@@ -47,7 +47,7 @@ MODEL_NAME = r"[\w.+-]+"
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """What is drawn, by whom it is judged, and what is compared. The documentation of a key stands beside it."""
+    """What is drawn, by which judges it is scored, and what is compared. Each key has its documentation."""
 
     pretrained_model_name_or_path: str = option(
         group="models",
@@ -200,7 +200,7 @@ class EvaluationConfig:
     )
 
     def check(self) -> None:
-        """Rules that span keys. Raises UserError."""
+        """Raises UserError for keys that contradict each other."""
         if self.resolution % 8:
             raise UserError(f"resolution is {self.resolution}; Stable Diffusion needs a multiple of 8")
         if not self.models:
@@ -236,7 +236,7 @@ class EvaluationConfig:
         return {key: getattr(self, key) for key in PROTOCOL}
 
     def described(self) -> str:
-        """How images are drawn, in words."""
+        """A description of how images are drawn."""
         precision = {"no": "float32"}.get(self.mixed_precision, self.mixed_precision)
         return (
             f"{self.scheduler} scheduler, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, "
@@ -245,14 +245,14 @@ class EvaluationConfig:
 
     @property
     def model_names(self) -> list[str]:
-        """The configured models, the reference first; without the checkpoints of runs."""
+        """The configured models, reference first, without the checkpoints of runs."""
         return [name for name, _ in named_paths(self.models)]
 
     def source_of(self, scorer: str) -> str:
-        """Where a scorer's weights or code come from: what must not change within one table of scores."""
+        """The source of a scorer's weights or code, which must not change within one score table."""
         if scorer in WEIGHT_KEYS:
             return " and ".join(getattr(self, key) for key in WEIGHT_KEYS[scorer])
-        if scorer in QUESTIONS:  # not the URL, which may be another tomorrow
+        if scorer in QUESTIONS:  # not the URL, which may change
             asked = question_of(scorer, self.vlm_question).text
             return f"{find_endpoints(self.endpoints)[scorer].model}, asked {' '.join(asked.split())!r}"
         return "tiny/oracle.py" if scorer in SCORERS else scorer

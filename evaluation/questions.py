@@ -1,16 +1,16 @@
-"""What judges behind an HTTP endpoint are asked about an image, how their replies are read, and which model answers.
+"""Judges behind an HTTP endpoint: the question about an image, how a score is read from the reply, and the endpoint.
 
-| judge | asked | score |
+| judge | question | score |
 |---|---|---|
 | vqascore | whether the image shows the prompt | probability of "Yes" as the first token, 0 to 1 |
 | unifiedreward | alignment and quality, together | the number after "Final Score:", 1 to 5 |
 | hpsv3 | nothing but the prompt | the reply, which is a number |
-| vlm | what `vlm_question` says | the number in the reply |
+| vlm | the text in `vlm_question` | the number in the reply |
 
-`vqascore` asks as VQAScore does for models behind an API (`gpt4v_model.py` in linzhiqiu/t2v_metrics) and takes the
-probability of the same answer. UnifiedReward is not bound to one wording (README of CodeGoat24/UnifiedReward); this one
-is ours, with the criteria, the scale and the "Final Score:" of its pointwise questions. HPSv3 is no chat model: its
-score is the output of a head on Qwen2-VL's last layer, which a server of it has to put into its reply.
+`vqascore` uses the question and the answer of VQAScore for models behind an API (`gpt4v_model.py` in
+linzhiqiu/t2v_metrics). UnifiedReward does not require a fixed wording (README of CodeGoat24/UnifiedReward); the wording
+is ours, with the criteria, the scale and the "Final Score:" of its pointwise questions. HPSv3 is not a chat model: its
+score is the output of a head on Qwen2-VL's last layer, and its server must return that number as the reply.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from urllib.parse import urlsplit
 from ncp.common.config import one_item_each
 from ncp.common.errors import UserError
 
-TOP = 20  # likeliest tokens that are asked for: as many as vLLM gives without a setting of its own
+TOP = 20  # most likely tokens requested: the most that vLLM returns by default
 NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
 
 
 @dataclass(frozen=True)
 class Question:
-    """text: with `{prompt}` where the prompt belongs. kind: how the reply is read, a key of READERS."""
+    """text: the question, with `{prompt}` in place of the prompt. kind: how the reply is read, a key of READERS."""
 
     text: str
     kind: str
@@ -58,14 +58,14 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a judge is asked: `url` up to and without "/chat/completions", and the model's name there."""
+    """The server of a judge: `url` up to but without "/chat/completions", and the model's name on it."""
 
     model: str
     url: str
 
 
 def find_endpoints(entries: list[str]) -> dict[str, Endpoint]:
-    """Judge to endpoint of JUDGE=MODEL@URL entries. Raises UserError for one of another form or with a secret in it."""
+    """Judge to endpoint, from JUDGE=MODEL@URL entries. Raises UserError for another form, or a secret in an entry."""
     found: dict[str, Endpoint] = {}
     one_item_each("endpoints", [hidden(entry) for entry in entries])
     for entry in entries:
@@ -96,20 +96,20 @@ def find_endpoints(entries: list[str]) -> dict[str, Endpoint]:
 
 
 def hidden(entry: str) -> str:
-    """An entry as it may be shown: without what stands between :// and @ in a URL."""
+    """An entry that is safe to print: without the text between :// and @ in a URL."""
     return re.sub(r"://[^/\s,]*@", "://***@", entry)
 
 
 def question_of(judge: str, vlm_question: str) -> Question:
-    """What a judge is asked. vlm_question: the text for the judge `vlm`."""
+    """The question to a judge. vlm_question: the text for the judge `vlm`."""
     question = QUESTIONS[judge]
     return Question(vlm_question, question.kind, question.max_tokens) if judge == "vlm" else question
 
 
 def read_reply(question: Question, choice: dict[str, Any]) -> float:
-    """The score in a reply, `choices[0]` of a chat completion; NaN if it holds none.
+    """The score in a reply, which is `choices[0]` of a chat completion; NaN if it contains none.
 
-    Raises UserError, without saying which judge's, if probabilities were asked for and the server sent none.
+    Raises UserError (without the judge's name) if probabilities were requested and the server sent none.
     """
     if question.kind == "yes":
         return probability_of_yes(choice)
@@ -118,9 +118,9 @@ def read_reply(question: Question, choice: dict[str, Any]) -> float:
 
 
 def probability_of_yes(choice: dict[str, Any]) -> float:
-    """The probability that the first token is "Yes", however it is spelled; NaN if it is neither yes nor no.
+    """The probability that the first token is "Yes" in any spelling; NaN if no likely token is yes or no.
 
-    Not divided by that of "no": VQAScore does not either.
+    It is not normalised by the probability of "no". VQAScore does not do this either.
     """
     try:
         first = choice["logprobs"]["content"][0]
@@ -137,21 +137,21 @@ def probability_of_yes(choice: dict[str, Any]) -> float:
 
 
 def final_score(text: str) -> float:
-    """The last number after "Final Score:"; NaN if there is none from 1 to 5."""
+    """The number after the last "Final Score:"; NaN if there is none from 1 to 5."""
     found = re.findall(rf"final\s+score\W*({NUMBER})", text, re.IGNORECASE)
     value = float(found[-1]) if found else math.nan
     return value if 1 <= value <= 5 else math.nan
 
 
 def bare_number(text: str) -> float:
-    """The reply as a number; NaN if it is anything else."""
+    """The whole reply as a number; NaN if it is not a number."""
     return float(text) if re.fullmatch(rf"\s*{NUMBER}(?:[eE][-+]?\d+)?\s*", text) else math.nan
 
 
 def single_number(text: str) -> float:
-    """The one number in the reply; of several, the one after "score" or "rating"; else NaN: a guess would mislead.
+    """The only number in the reply, or of several the one after "score" or "rating". NaN if that is not clear.
 
-    What stands after a slash or "out of" is the scale.
+    A number after a slash or "out of" is the scale, and is ignored.
     """
     text = re.sub(rf"(?:/|\bout of\b)\s*{NUMBER}", "", text)
     found = re.findall(rf"(?<![\w.]){NUMBER}(?![\w])", text)

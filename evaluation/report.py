@@ -1,4 +1,4 @@
-"""The files of a comparison and of a vote count: tables as text, Markdown and CSV, plots, and report.html."""
+"""Writes the files of a comparison and of a vote count: tables as text, Markdown and CSV, plots, and report.html."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ncp.common.files import write_file, write_text
 
 
 def write_report(config: EvaluationConfig, compared: Comparison, count: VoteCount | None) -> None:
-    """Writes all files of the comparison into the output folder, with the human judges' votes if they are counted.
+    """Writes all files of the comparison into the output folder, with the vote count if there is one.
 
     Prints the tables.
     """
@@ -87,14 +87,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def described(config: EvaluationConfig, scores: Scores) -> str:
-    """What was compared, in one line."""
+    """A description of the comparison in one line."""
     samples = next(iter(scores.by_scorer.values())).shape[2]
     plural = "s" if samples > 1 else ""
     return f"{len(scores.prompts)} prompts x {samples} sample{plural}, same seeds for every model; {config.described()}"
 
 
 def all_sections(compared: Comparison, count: VoteCount | None) -> list[Section]:
-    """Those that have something to show."""
+    """The sections that are not empty."""
     sections = [
         win_rate_section(compared.results),
         category_section(compared.results),
@@ -105,8 +105,8 @@ def all_sections(compared: Comparison, count: VoteCount | None) -> list[Section]
 
 
 def write_picture(config: EvaluationConfig, images: list[dict[str, Any]], path: Path, columns: int = 12) -> None:
-    """The first prompts, not chosen, one row per model."""
-    from ncp.training.drawing import grid  # here: it loads diffusers, which a count of votes does not need
+    """Writes a grid of the first prompts' images (the prompts are not selected), one row per model."""
+    from ncp.training.drawing import grid  # here: it loads diffusers, which a vote count does not need
 
     names = config.model_names
     shown = [r for r in images if r["prompt_number"] < columns and r["sample"] == 0]
@@ -116,7 +116,7 @@ def write_picture(config: EvaluationConfig, images: list[dict[str, Any]], path: 
 
 
 def choose_prompts(scores: Scores, names: list[str], most: int) -> list[int]:
-    """Numbers of the prompts to show: half extremes, in turn by every pair and judge; the rest drawn at random."""
+    """Numbers of the prompts to show: one half extremes, alternating over pairs and judges, the rest at random."""
     count = len(scores.prompts)
     if most >= count:
         return list(range(count))

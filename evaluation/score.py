@@ -1,4 +1,4 @@
-"""Step 2: every judge scores every image."""
+"""Step 2: scores every image with every judge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUND = 32  # batches per process, after which the scores so far are written
 
 
 def score(config: EvaluationConfig) -> None:
-    """Scores what is not scored yet. Several processes share the work by batches."""
+    """Scores the images that have no score yet. Several processes share the batches."""
     rows = read_index(config)
     check_scorers(config, [r["prompt"] for r in rows])
     path = scores_path(config)
@@ -29,7 +29,7 @@ def score(config: EvaluationConfig) -> None:
     if state.is_main_process:
         print(f"{len(rows)} images x {len(config.scorers)} scorers: {', '.join(config.scorers)}")
     wanted = {image_key(r) for r in rows}
-    done = [r for r in done if image_key(r) in wanted]  # what the index no longer lists is forgotten
+    done = [r for r in done if image_key(r) in wanted]  # drops scores of images that are not in the index
     todo = {name: unscored(name, rows, done) for name in config.scorers}
     refuse_absent_servers(config, [name for name, own in todo.items() if own], state)
     for name, own in todo.items():
@@ -44,12 +44,12 @@ def score(config: EvaluationConfig) -> None:
                 if part:
                     scorer = scorer or load_scorer(name, config, state.device)
                     score_batches(scorer, part, config, scored, bar)
-            except UserError as error:  # told to all, so that no process waits for one that is gone
+            except UserError as error:  # sent to all processes, so that none waits for this one
                 scored.append({"error": str(error)})
             gathered = gather_object(scored)
             added = [r for r in gathered if "error" not in r]
             done += added
-            if added and state.is_main_process:  # an interrupted run goes on from here, one that failed too
+            if added and state.is_main_process:  # an interrupted or failed run continues from here
                 write_scores(config, done)
             if errors := [r["error"] for r in gathered if "error" in r]:
                 bar.close()
@@ -65,14 +65,14 @@ def refuse_absent_servers(config: EvaluationConfig, names: list[str], state: Any
     try:
         if state.is_main_process:
             check_endpoints(config, names)
-    except UserError as error:  # told to all, as below
+    except UserError as error:  # sent to all processes, as above
         errors.append(str(error))
     if errors := gather_object(errors):
         raise UserError(errors[0])
 
 
 def unscored(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the index without a row of this scorer among `done`."""
+    """The rows of the index that have no score by this scorer in `done`."""
     known = {image_key(r) for r in done if r["scorer"] == name}
     return [r for r in rows if image_key(r) not in known]
 
@@ -80,7 +80,7 @@ def unscored(name: str, rows: list[dict[str, Any]], done: list[dict[str, Any]]) 
 def score_batches(
     scorer: Scorer, batches: list[list[dict[str, Any]]], config: EvaluationConfig, rows: list[dict[str, Any]], bar: Any
 ) -> None:
-    """Adds a row of the score table for each image to `rows`, batch by batch, so that a failure leaves the others."""
+    """Appends a row of the score table per image to `rows`, batch by batch: after a failure earlier ones are kept."""
     for batch in batches:
         images = []
         for row in batch:

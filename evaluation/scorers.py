@@ -1,4 +1,4 @@
-"""The judges, each behind one interface: a name, and images and prompts in, one number per image out.
+"""The judges (scorers) behind one interface: images and prompts in, one number per image out.
 
 | scorer | what it computes | scale, as published |
 |---|---|---|
@@ -11,8 +11,8 @@
 | vqascore, unifiedreward, hpsv3, vlm | a model behind an HTTP endpoint, `evaluation/questions.py` | |
 | oracle_* | `tiny/oracle.py`, exact on the embedded world | 0 to 1 |
 
-HPSv2's own `score()` gives the cosine, a hundredth of its authors' tables. Images are square, so that cropping (CLIP)
-and padding (HPSv2) of other shapes need not be told apart.
+HPSv2's own `score()` returns the cosine, a hundredth of the values in its authors' tables. Images are square, so the
+difference between cropping (CLIP) and padding (HPSv2) does not matter.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt
 
 @dataclass
 class Scorer:
-    """`score(images, prompts)`: N PIL images (RGB) and N texts to (N,) numbers, larger is better."""
+    """`score(images, prompts)`: (N,) numbers for N PIL images (RGB) and N texts; larger is better."""
 
     name: str
     score: Callable[[list[Any], list[str]], Any]
 
 
 def check_scorers(config: EvaluationConfig, prompts: list[str]) -> None:
-    """Raises UserError for a scorer that is unknown, not there or, for the oracle, not of this world. Loads nothing."""
+    """Raises UserError for a scorer that is unknown or unavailable, and for prompts that an oracle does not know.
+
+    Loads nothing.
+    """
     for name in config.scorers:
         if name not in SCORERS:
             _own_function(name)
@@ -67,7 +70,7 @@ def check_scorers(config: EvaluationConfig, prompts: list[str]) -> None:
 
 
 def check_endpoints(config: EvaluationConfig, names: list[str]) -> None:
-    """Raises UserError if the server of one of these scorers does not answer, or has no such model."""
+    """Raises UserError if the server of one of these scorers does not answer, or does not have the model."""
     if judges := [name for name in names if name in QUESTIONS]:
         from evaluation.endpoint import check_endpoint
 
@@ -76,7 +79,7 @@ def check_endpoints(config: EvaluationConfig, names: list[str]) -> None:
 
 
 def load_scorer(name: str, config: EvaluationConfig, device: Any) -> Scorer:
-    """The scorer with its weights on `device`, in half precision on a GPU. Raises UserError if they cannot be had."""
+    """The scorer with its weights on `device`, in half precision on a GPU. Raises UserError if loading fails."""
     if name.startswith("oracle_"):
         from tiny import oracle
 
@@ -99,7 +102,7 @@ def load_scorer(name: str, config: EvaluationConfig, device: Any) -> Scorer:
         }[name](name, config, device)
     except UserError:
         raise
-    except Exception as error:  # a hub that does not answer, a damaged or foreign file: many kinds
+    except Exception as error:  # many kinds: the hub does not answer, a damaged or wrong file
         raise UserError(f"scorer '{name}': loading {config.source_of(name)} failed: {hub.reason(error)}") from None
 
 
@@ -118,11 +121,11 @@ def _own_function(name: str) -> Callable:
     return found
 
 
-# ---------------------------------------------------------------- CLIP and its descendants
+# ---------------------------------------------------------------- CLIP and models based on it
 
 
 class Clip:
-    """A CLIP model with its tokenizer and image preprocessing; embeddings are normalised, float32, on the CPU."""
+    """A CLIP model with its tokenizer and image preprocessing. Embeddings are normalised, float32, on the CPU."""
 
     def __init__(self, model: Any, processor: str, device: Any):
         import torch
@@ -134,19 +137,19 @@ class Clip:
         self.model = model.to(device, dtype).eval().requires_grad_(False)
 
     def image_embeddings(self, images: list[Any]) -> Any:
-        """(N, D) of N PIL images."""
+        """Embeddings (N, D) of N PIL images."""
         pixels = self.preprocess(images=images, return_tensors="pt")["pixel_values"]
         embedded = self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype))
         return _normalised(embedded)
 
     def text_embeddings(self, prompts: list[str]) -> Any:
-        """(N, D) of N texts, cut to the model's length."""
+        """Embeddings (N, D) of N texts, truncated to the model's length."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return _normalised(self.model.get_text_features(**tokens.to(self.model.device)))
 
     def cosine(self, images: list[Any], prompts: list[str]) -> np.ndarray:
-        """(N,) of each image with its own prompt."""
+        """Cosines (N,) of each image with its own prompt."""
         return (self.image_embeddings(images) * self.text_embeddings(prompts)).sum(-1).numpy()
 
 
@@ -199,7 +202,7 @@ def _mps(name: str, config: EvaluationConfig, device: Any) -> Scorer:
 
 
 def _aesthetic(name: str, config: EvaluationConfig, device: Any) -> Scorer:
-    """Linear layers without activations between (dropout does nothing here): `layers.I.weight`, `layers.I.bias`."""
+    """Linear layers without activations (dropout is off): weights `layers.I.weight`, `layers.I.bias`."""
     import torch
     from transformers import CLIPModel
 

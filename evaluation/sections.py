@@ -1,4 +1,4 @@
-"""The sections of a report: results as tables of text, each with a note on how to read it."""
+"""The sections of a report: results as text tables, each with a note on how to read it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from evaluation.votes import Tally, VoteCount
 
 @dataclass
 class Section:
-    """A table under a title, and how to read it. figures: names of the plots that belong to it."""
+    """A table with a title and a note on how to read it. figures: names of its plots."""
 
     title: str
     head: Sequence[str]
     rows: list[list[str]]
     note: str
     figures: tuple[str, ...] = ()
-    foldable: bool = False  # on the page, if it has many rows
+    foldable: bool = False  # whether the page folds it if it has many rows
     in_terminal: bool = True
 
 
 def win_rate_section(results: list[Result]) -> Section | None:
-    """The comparisons on all prompts; means and medians are reference -> model. None if there is none."""
+    """The comparisons on all prompts; means and medians are written reference -> model. None without results."""
     rows = [
         [
             r.judge,
@@ -49,7 +49,7 @@ def win_rate_section(results: list[Result]) -> Section | None:
 
 
 def category_section(results: list[Result]) -> Section | None:
-    """The comparisons by category. None if there is one category only."""
+    """The comparisons by category. None if there is only one category."""
     rows = [[r.judge, pair_text(r), r.category, str(r.prompts), win_rate_text(r)] for r in results if r.category]
     head = ["judge", "comparison", "category", "prompts", "win-rate [95% interval]"]
     note = "Few prompts per category make wide intervals."
@@ -57,7 +57,7 @@ def category_section(results: list[Result]) -> Section | None:
 
 
 def curve_section(points: list[CurvePoint], reference: str) -> Section | None:
-    """The runs' checkpoints. None if there is none. reference: the model over which they gain."""
+    """The runs' checkpoints; None without checkpoints. reference: the model that gains are relative to."""
     rows = [
         [
             *(p.judge, p.run, str(p.step), "" if p.seconds is None else f"{p.seconds:.0f}"),

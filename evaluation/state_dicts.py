@@ -1,4 +1,4 @@
-"""Single files of weights: what is in them, and a U-Net's state dict into a U-Net. Nothing in a file is run."""
+"""Single files of weights: detects their content, and loads a state dict into a U-Net. Runs no code from a file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 from ncp.common.errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-PREFIXES = ("module.", "unet.")  # of a U-Net in DDP, or within a module that was saved
+PREFIXES = ("module.", "unet.")  # of a U-Net in DDP, or in a larger module that was saved
 
 
 def kind_of_file(what: str, file: Path) -> str:
-    """What is in a file, by its tensors' names: "lora", "unet state", or "checkpoint" for a whole one.
+    """The content of a file, by its tensors' names: "lora", "unet state", or "checkpoint" for a complete model.
 
-    No weights are read.
-
-    what: is named in the message. Raises UserError for a file that holds neither, or is damaged.
+    Reads no weights. what: the subject of the error message. Raises UserError for other content or a damaged file.
     """
     if file.suffix not in SUFFIXES:
         raise UserError(f"{what}: {file} is no file of weights; expected one of {', '.join(SUFFIXES)}")
@@ -39,25 +37,25 @@ def kind_of_file(what: str, file: Path) -> str:
 
 
 def only_file_on_hub(repository: str, revision: str | None) -> str | None:
-    """The one weight file at the top of a repository; None if there is another number, or no list of files."""
+    """The only weight file at the top of a repository; None if there is not exactly one, or no list of files."""
     from huggingface_hub import list_repo_files
 
     try:
         names = list_repo_files(repository, revision=revision)
-    except Exception:  # offline, for one: the message about what was looked for says enough
+    except Exception:  # for example offline: the caller's error message is enough
         return None
     weights = [n for n in names if "/" not in n and Path(n).suffix in SUFFIXES]
     return weights[0] if len(weights) == 1 else None
 
 
 def only_file(folder: Path) -> Path | None:
-    """The one weight file of a folder without a config, such as a LoRA under its own name; None if there is none."""
+    """The only weight file in a folder without a config, such as a LoRA under another file name; else None."""
     files = [f for f in sorted(folder.glob("*")) if f.is_file() and f.suffix in SUFFIXES]
     return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
 
 
 def load_unet_state(unet: Any, file: Path) -> None:
-    """Puts a file's weights in place of a diffusers U-Net's own. Raises ValueError if they are not of that U-Net."""
+    """Loads a file's weights into a diffusers U-Net. Raises ValueError if they do not fit that U-Net."""
     state = {_bare(name): value for name, value in _state(file).items()}
     own = unet.state_dict()
     missing, strange = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -66,7 +64,7 @@ def load_unet_state(unet: Any, file: Path) -> None:
         wrong = {"missing": missing, "unknown": strange, "of another shape": sorted(other)}
         named = [f"{len(names)} {word} (such as {names[0]})" for word, names in wrong.items() if names]
         raise ValueError(f"the file's weights are not those of the base's U-Net: {', '.join(named)}")
-    unet.load_state_dict(state)  # into its precision, whatever the file's is
+    unet.load_state_dict(state)  # converts to the U-Net's precision
 
 
 def _bare(name: str) -> str:
@@ -88,7 +86,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """Tensors by name; those of a torch file stay on the disk until they are used, if it is of PyTorch 1.6 or later."""
+    """Tensors by name. A torch file of PyTorch 1.6 or later is memory-mapped: tensors are read when they are used."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -99,10 +97,10 @@ def _state(file: Path) -> dict[str, Any]:
         mapped = handle.read(4) == b"PK\x03\x04"
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever a damaged or foreign pickle makes of itself
+    except Exception as error:  # many kinds, for a damaged or wrong pickle
         raise UserError(f"{file} is not readable as a torch file of weights alone ({_line(error)})") from None
     if isinstance(content, dict):
-        for key in ("state_dict", "model"):  # wrapped, as some save it
+        for key in ("state_dict", "model"):  # some files wrap the state dict
             if isinstance(content.get(key), dict):
                 content = content[key]
         tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}

@@ -12,10 +12,10 @@ SAME = 1e-90  # values that differ by less are the same: BCa needs the cubes of 
 
 
 def prompt_wins(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """How often `other` beats `reference`, per prompt: (N,) in [0, 1] of scores (N, samples), ties counting half.
+    """The share of samples in which `other` beats `reference`, per prompt: (N,) in [0, 1]. Ties count one half.
 
-    A sample is compared with the same sample of the other model, which started from the same noise. Scores that are
-    missing (NaN) in either leave their sample out; a prompt without any is NaN.
+    reference, other: scores (N, samples). A sample is compared with the same sample of the other model, which started
+    from the same noise. A sample with a missing score (NaN) is left out; a prompt without samples is NaN.
     """
     missing = np.isnan(reference) | np.isnan(other)
     wins = np.where(other > reference, 1.0, np.where(other == reference, 0.5, 0.0))
@@ -27,12 +27,12 @@ def prompt_wins(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def bootstrap_interval(
     values: np.ndarray, resamples: int, statistic: Callable = np.mean, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """The BCa interval of `statistic` over resampled prompts, of one value (N,) per prompt.
+    """The BCa bootstrap interval of `statistic`, over resampled prompts. values: (N,), one per prompt.
 
-    Bias-corrected and accelerated (Efron 1987): on skewed values and near the ends of the scale it covers better than
-    the percentile interval, elsewhere as well. Values that are all the same have an interval without length.
+    BCa (bias-corrected and accelerated, Efron 1987) has better coverage than the percentile interval for skewed values
+    and near the ends of the scale, and elsewhere the same. If all values are equal, the interval has length 0.
 
-    statistic: from (resamples, N) along axis 1, as `np.mean(..., axis=1)`.
+    statistic: computed from (resamples, N) along axis 1, for example `np.mean(..., axis=1)`.
     """
     if not len(values):
         return math.nan, math.nan
@@ -44,17 +44,17 @@ def bootstrap_interval(
         n_resamples=resamples,
         confidence_level=level,
         method="BCa",
-        batch=max(1, min(resamples, 3_000_000 // len(values))),  # bounded memory: 24 MB of numbers at once
+        batch=max(1, min(resamples, 3_000_000 // len(values))),  # bounds the memory: 24 MB at a time
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
 
 
 def win_rate_interval(wins: np.ndarray, resamples: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean of wins (N,) in [0, 1], one per prompt: by bootstrap, if they differ.
+    """The interval of the mean of wins (N,) in [0, 1], one per prompt: by bootstrap, if the values differ.
 
-    If every prompt was won, or every one lost, it is the exact binomial one (Clopper and Pearson 1934): a bootstrap
-    would give an interval without length, however few prompts there are.
+    If every prompt was won, or every one lost, it is the exact binomial interval (Clopper and Pearson 1934): there a
+    bootstrap interval would have length 0 even for few prompts.
     """
     if len(wins) and np.ptp(wins) == 0 and wins[0] in (0, 1):
         exact = stats.binomtest(int(wins.sum()), len(wins)).proportion_ci(level, method="exact")
@@ -63,12 +63,12 @@ def win_rate_interval(wins: np.ndarray, resamples: int, level: float = 0.95) -> 
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p-value of `wins` against `losses` if both were equally likely; ties are left out before."""
+    """Exact two-sided p-value of `wins` and `losses`, if both were equally likely. The caller leaves out ties."""
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def majority(votes: list[str]) -> str:
-    """What more than half of the votes say; else "tie". Of three: two that agree, or a tie when all differ."""
+    """The answer of more than half of the votes, else "tie". With three votes: two that agree, or a tie."""
     for answer in set(votes):
         if 2 * votes.count(answer) > len(votes):
             return answer
@@ -76,9 +76,9 @@ def majority(votes: list[str]) -> str:
 
 
 def fleiss_kappa(counts: np.ndarray) -> float:
-    """Agreement beyond chance of votes (items, answers): how many judges gave each answer. NaN if undefined.
+    """Agreement beyond chance (Fleiss 1971). counts: (items, answers), the number of judges per answer.
 
-    Fleiss 1971. Items may have different numbers of judges; those with fewer than two say nothing and are left out.
+    NaN if undefined. Items may have different numbers of judges; those with fewer than two are left out.
     """
     counts = np.asarray(counts, dtype=float)
     judges = counts.sum(1)

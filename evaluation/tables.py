@@ -1,6 +1,6 @@
-"""What the steps leave for one another, read and written.
+"""The files that one step writes and the next one reads.
 
-OUTPUT_DIR/protocol.json    what decides an image, and the models, with the hashes of their weights
+OUTPUT_DIR/protocol.json    what decides an image, and the models with the hashes of their weights
 OUTPUT_DIR/images/MODEL/    one PNG per prompt and sample
 OUTPUT_DIR/index.parquet    one row per image
 OUTPUT_DIR/scores.parquet   one row per image and scorer
@@ -43,13 +43,13 @@ SCORES = pa.schema([*INDEX, pa.field("scorer", pa.string()), pa.field("score", p
 
 
 def write_protocol(config: EvaluationConfig, base: dict[str, str], models: dict[str, dict[str, Any]]) -> None:
-    """Notes the protocol, the parts of the base by name, and the models by name."""
+    """Writes the protocol, the parts of the base by name, and the models by name."""
     content = {"protocol": config.protocol(), "base": base, "models": models}
     write_text(Path(config.output_dir) / "protocol.json", json.dumps(content, indent=1))
 
 
 def read_protocol(config: EvaluationConfig) -> dict[str, Any]:
-    """What `generate` noted in the output folder. Raises UserError if it is missing or of another protocol."""
+    """The content that `generate` wrote. Raises UserError if it is missing or belongs to another protocol."""
     path = Path(config.output_dir) / "protocol.json"
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
@@ -70,16 +70,16 @@ def read_protocol(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def write_index(config: EvaluationConfig, rows: list[dict[str, Any]]) -> Path:
-    """One row per image, with the columns of INDEX. Returns where."""
+    """Writes one row per image, with the columns of INDEX. Returns the path."""
     path = Path(config.output_dir) / "index.parquet"
     _write_table(rows, INDEX, path)
     return path
 
 
 def read_index(config: EvaluationConfig) -> list[dict[str, Any]]:
-    """One row per image, as `generate` left them.
+    """One row per image, as written by `generate`.
 
-    Raises UserError if they are of another protocol or other models than the config's, or if images are missing.
+    Raises UserError if they belong to another protocol or other models than the config's, or if images are missing.
     """
     folder, noted = Path(config.output_dir), read_protocol(config)["models"]
     rows = _read_table(folder / "index.parquet", "generate").to_pylist()
@@ -97,7 +97,7 @@ def read_index(config: EvaluationConfig) -> list[dict[str, Any]]:
 
 
 def image_key(row: dict[str, Any]) -> tuple[str, str]:
-    """Which image a row is about: its file, as drawn with those weights."""
+    """The identity of a row's image: its file, and the weights that drew it."""
     return row["file"], row["weights"]
 
 
@@ -109,9 +109,9 @@ def scores_path(config: EvaluationConfig) -> Path:
 
 
 def write_scores(config: EvaluationConfig, rows: list[dict[str, Any]]) -> None:
-    """One row per image and scorer, with the columns of SCORES, by scorer and file.
+    """Writes one row per image and scorer, with the columns of SCORES, in order of scorer and file.
 
-    The table's metadata say by which protocol and with which judges it came to be, those of before included.
+    The table's metadata contain the protocol and the sources of all judges, including those of earlier runs.
     """
     path = scores_path(config)
     sources = _noted(_read_table(path, "score"))["scorers"] if path.exists() else {}
@@ -124,7 +124,7 @@ def write_scores(config: EvaluationConfig, rows: list[dict[str, Any]]) -> None:
 def read_scores(config: EvaluationConfig) -> list[dict[str, Any]]:
     """The rows of the score table.
 
-    Raises UserError if it is of another protocol than the config's, or a scorer's checkpoint is another now.
+    Raises UserError if it belongs to another protocol than the config's, or if a scorer's checkpoint has changed.
     """
     path = scores_path(config)
     table = _read_table(path, "score")
@@ -154,7 +154,7 @@ def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, path: Path) -> N
 
 
 def _read_table(path: Path, step: str) -> pa.Table:
-    """A parquet table that an earlier step wrote. Raises UserError naming that step if it is not there, or damaged."""
+    """A parquet table that an earlier step wrote. Raises UserError naming that step if it is missing or damaged."""
     try:
         return pq.read_table(path)
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _read_table(path: Path, step: str) -> pa.Table:
 
 
 def write_csv(items: Sequence[Any], kind: type, path: Path) -> None:
-    """Instances of the dataclass `kind`, one line each, under its fields' names."""
+    """Writes instances of the dataclass `kind`, one line each, with the field names as header."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, [f.name for f in fields(kind)])
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""What human judges are asked on the blinded page, and the count of what they answered. It writes nothing."""
+"""The questions to human judges on the blinded page, and the count of their answers. Writes no files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ANSWERS = ("left", "right", "tie", "abstain")
 
 @dataclass
 class Tally:
-    """`model` against `reference` on one question: pairs decided by majority, and how far the judges agreed."""
+    """`model` against `reference` on one question: pairs decided by majority, and the judges' agreement."""
 
     question: str
     reference: str
@@ -54,7 +54,7 @@ class VoteCount:
 
 
 def read_key(path: Path) -> dict[str, Any]:
-    """Page id, and prompt, left and right model of each pair. Raises UserError if it is missing or damaged."""
+    """Page id, and each pair's prompt, left model and right model. Raises UserError if it is missing or damaged."""
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
         if all({"prompt", "left", "right"} <= pair.keys() for pair in key["pairs"]) and key["page"]:
@@ -70,7 +70,7 @@ def read_key(path: Path) -> dict[str, Any]:
 def count_votes(config: EvaluationConfig) -> VoteCount:
     """Reads the vote files and unblinds them.
 
-    Raises UserError if there are none, or for a file that is not of this page, or given twice.
+    Raises UserError if there are none, and for a file that belongs to another page or is given twice.
     """
     if not config.votes:
         raise UserError("count: no votes; expected --votes A.json B.json, the files that the page exports")
@@ -85,7 +85,7 @@ def count_votes(config: EvaluationConfig) -> VoteCount:
 
 
 def read_votes(file: Path, key: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
-    """(judge, {question: answer} for each pair) of one exported file."""
+    """(judge, [{question: answer} per pair]) from one exported file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         page, judge, votes = content["page"], content["annotator"], content["votes"]
@@ -102,7 +102,7 @@ def read_votes(file: Path, key: dict[str, Any]) -> tuple[str, list[dict[str, str
 
 
 def tally_all(config: EvaluationConfig, key: dict[str, Any], ballots: list[list[dict[str, str]]]) -> list[Tally]:
-    """One tally per comparison and question, the reference being the model that the config names first."""
+    """One tally per comparison and question. The reference is the model that comes first in the config."""
     pairs = key["pairs"]
     if strange := {pair[side] for pair in pairs for side in ("left", "right")} - set(config.model_names):
         raise UserError(f"models: the page compares {', '.join(sorted(strange))}, which the config does not name")

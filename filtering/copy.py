@@ -1,6 +1,6 @@
 """The copy: images in output order, row groups, files.
 
-Reading ahead, putting files together, and hashing and waiting for the disk go on at the same time, a thread each.
+Three threads work at the same time: one reads ahead, one builds files, one hashes them and syncs them to the disk.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ncp.common.files import put_in_place, remove, sha256, temporary_for
 
 T = TypeVar("T")
 
-ROWS_PER_GROUP = 10  # of an output file with images: training reads single rows of it (ncp/training/rows.py)
-ROWS_PER_GROUP_OF_METADATA = 10**6  # of one without
-LOOK_AHEAD = 64  # reads of READ_ROWS rows, so that the writer has something to do while the next pages are decoded
-HOLD_BYTES = 256 << 20  # images waiting for their turn in memory; more wait on disk
+ROWS_PER_GROUP = 10  # in output files with images: training reads single rows (ncp/training/rows.py)
+ROWS_PER_GROUP_OF_METADATA = 10**6  # in output files without images
+LOOK_AHEAD = 64  # reads of READ_ROWS rows, so that the writer has work while the next pages are decoded
+HOLD_BYTES = 256 << 20  # images held in memory until they are due; more are held on disk
 
 
 def output_names(pairs: int, config: FilterConfig) -> list[str]:
-    """The output files, relative to the output folder: all of them, not this machine's part alone."""
+    """The names of all output files (not only this machine's part), relative to the output folder."""
     count = 1 if config.metadata_only else -(-pairs // config.rows_per_file)
     return [f"data/{config.dataset_split}-{k:05d}-of-{count:05d}.parquet" for k in range(count)]
 
@@ -41,10 +41,10 @@ def output_names(pairs: int, config: FilterConfig) -> list[str]:
 def copy_pairs(
     shards: list[Shard], decision: Decision, metadata: pa.Table, names: list[str], config: FilterConfig
 ) -> dict[str, str]:
-    """Writes this machine's part of the output files `names`, except those that an earlier run has finished.
+    """Writes this machine's part of the output files `names`, except files that an earlier run has finished.
 
-    metadata: the pairs' columns, but for the images. Returns the sha256 of each file written. The folder's lock, or
-    this part's, must be held.
+    metadata: the pairs' columns without the images. Returns the sha256 of each file written. The caller must hold the
+    lock of the folder or of this part.
     """
     folder = Path(config.output_dir)
     schema = pa.schema([f for f in shards[0].schema if not (config.metadata_only and f.name in IMAGES)])
@@ -67,18 +67,18 @@ def copy_pairs(
                 groups = row_groups(metadata.slice(k * per_file, per_file), per_group, images, schema)
                 write_parquet(temporary, schema, groups, images_repeat)
                 for before in hashes.values():
-                    before.result()  # at most one file waits for the disk; a full one is noticed here
+                    before.result()  # at most one file is being synced; a full disk raises here
             except BaseException:
                 remove(temporary)
                 raise
             hashes[names[k]] = thread.submit(hash_and_put_in_place, temporary, path)
-    for _ in images or ():  # every image is written by now; this ends the progress bar
+    for _ in images or ():  # every image has been written; this closes the progress bar
         pass
     return {name: future.result() for name, future in hashes.items()}
 
 
 def hash_and_put_in_place(temporary: Path, path: Path) -> str:
-    """`put_in_place`, and the sha256 of the file; nothing is left of it if that fails."""
+    """`put_in_place`; returns the file's sha256. Removes the file if this fails."""
     try:
         digest = sha256(temporary)
         put_in_place(temporary, path)
@@ -92,8 +92,8 @@ def images_in_order(
 ) -> Iterator[pa.Array]:
     """Yields image sides[k] of input row rows[k], for k = 0, 1, ..., as an array of one; each row group is read once.
 
-    Groups come in the order in which their first image is due. Images that are read before they are due wait in
-    memory up to `hold_bytes`, and beyond it in a temporary file in `spill_dir` that has no name.
+    Groups are read in the order in which their first image is due. Images that are read before they are due are held
+    in memory up to `hold_bytes`, and beyond that in an anonymous temporary file in `spill_dir`.
     """
     parts = sorted(by_row_group(shards, rows), key=lambda part: part[2].min())
 
@@ -106,7 +106,7 @@ def images_in_order(
     with tempfile.TemporaryFile(dir=spill_dir) as spill, tqdm(total=len(rows), desc="copy", unit="image") as bar:
         for k, image in chain.from_iterable(ahead(read())):
             if k != due:
-                content = image[0].as_py()  # the array would keep all that was read with it
+                content = image[0].as_py()  # the array would keep the whole read in memory
                 size = len(content or b"")
                 if held + size > hold_bytes and size:
                     waiting[k] = (spill.seek(0, os.SEEK_END), size)
@@ -130,7 +130,7 @@ def images_in_order(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, none of them None, made by a thread of their own that is up to LOOK_AHEAD of them ahead."""
+    """The same items (none may be None), produced by a thread that is up to LOOK_AHEAD items ahead."""
     with ThreadPoolExecutor(1) as thread:
         coming = deque(thread.submit(next, items, None) for _ in range(LOOK_AHEAD))
         while (item := coming.popleft().result()) is not None:
@@ -139,7 +139,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def row_groups(table: pa.Table, size: int, images: Iterator[pa.Array] | None, schema: pa.Schema) -> Iterator[pa.Table]:
-    """`table` in pieces of `size` rows; their image columns, if any, are the next of `images` (0, 1, 0, 1, ...)."""
+    """`table` in pieces of `size` rows. Image columns, if any, are filled from `images` in order (0, 1, 0, 1, ...)."""
     for start in range(0, table.num_rows, size):
         piece = table.slice(start, size)
         columns = {name: piece[name] for name in piece.column_names}
@@ -150,16 +150,16 @@ def row_groups(table: pa.Table, size: int, images: Iterator[pa.Array] | None, sc
 
 
 def write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table], images_repeat: bool) -> None:
-    """Writes each table as a row group. images_repeat: whether it is worth looking for images that come again."""
+    """Writes each table as a row group. images_repeat: whether enough images repeat to use dictionaries."""
     columns = [name for name in schema.names if name not in IMAGES]
-    # JPEGs do not compress, and nobody asks for the smallest. A dictionary stores an image of several games once per
-    # row group, but where few repeat it only costs time.
+    # JPEGs do not compress, and their minimum and maximum are useless. A dictionary stores an image of several games
+    # once per row group; if few images repeat, it only costs time.
     options = {
         "compression": {name: "none" if name in IMAGES else "zstd" for name in schema.names},
         "use_dictionary": schema.names if images_repeat else columns,
         "dictionary_pagesize_limit": 1 << 30,
         "write_statistics": columns,
-        "write_batch_size": 8,  # a page is looked at after so many values: 1 MB pages, not one for all images
+        "write_batch_size": 8,  # check the page size after so many values: 1 MB pages, not one page for all images
     }
     with pq.ParquetWriter(path, schema, **options) as writer:
         for table in tables:

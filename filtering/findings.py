@@ -1,6 +1,6 @@
-"""What the report says beyond the manifest: wins and losses per image, games per prompt, and pairs to look at.
+"""What the report adds to the manifest: wins and losses per image, games per prompt, and sample pairs.
 
-All of it comes from the decision and the metadata, before any image is read.
+All of it is computed from the decision and the metadata, before any image is read.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from filtering.rules import Decision
 
 SEED = 0x9E3779B97F4A7C15
 REMOVED, KEPT = 12, 24  # pairs on the two contact sheets
-CAP = 6  # wins or losses that are told apart; more count as CAP
+CAP = 6  # higher counts of wins or losses are shown as CAP
 BINS = (1, 2, 3, 5, 9, 17, 33, 65)  # games of a prompt: 1, 2, 3-4, 5-8, ..., 65 or more
 
 
 @dataclass(frozen=True)
 class Side:
-    """One image of a shown pair."""
+    """One image of a pair in the report."""
 
     uid: str
     won: bool
@@ -39,12 +39,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Findings:
-    """The counts and the samples. games: (prompts, prompts with a kept pair) for each of BINS."""
+    """Counts and samples. games: (prompts, prompts with a kept pair) for each of BINS."""
 
     records: np.ndarray  # (CAP + 1, CAP + 1) images by wins, losses
     contradictory_images: int
     contradictory_games: tuple[int, int]  # removed, kept
-    both_ways: int  # pairs of images each of which beat the other
+    both_ways: int  # pairs of images that have each beaten the other
     games: list[tuple[int, int]]
     removed: list[Shown]
     kept: list[Shown]
@@ -62,7 +62,7 @@ def gather(table: pa.Table, decision: Decision) -> Findings:
     decisive = games.valid & ~games.tie
     contradictory = decisive & (both[games.winner] | both[games.loser])
     kept = decision.why == 0
-    mutual = np.flatnonzero(decisive & both[games.winner] & both[games.loser])  # few, of which some go both ways
+    mutual = np.flatnonzero(decisive & both[games.winner] & both[games.loser])  # few; some were won both ways
     forward = games.winner[mutual] * games.images + games.loser[mutual]
     backward = games.loser[mutual] * games.images + games.winner[mutual]
     both_ways = np.isin(forward, backward)
@@ -108,7 +108,7 @@ def gather(table: pa.Table, decision: Decision) -> Findings:
 
 
 def sample(ids: np.ndarray, count: int) -> np.ndarray:
-    """Positions of `count` of ids (n,) int64, those whose hash is least: a function of SEED and each id alone."""
+    """Positions of the `count` ids with the smallest hash; ids (n,) int64. The hash depends on SEED and the id only."""
     x = ids.astype(np.uint64) + np.uint64(SEED)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64 (Steele et al. 2014)
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)

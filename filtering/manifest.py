@@ -1,7 +1,7 @@
-"""manifest.json: what was read, kept and written; and whether an output folder holds that already.
+"""manifest.json: what was read, kept and written. Also checks whether an output folder already holds this.
 
-While a folder is unfinished, a file of another name (`UNFINISHED`) holds the manifest without its outputs, so that the
-same command goes on with the folder, and another one is refused it.
+While a folder is unfinished, a file of another name (`UNFINISHED`) holds the manifest without its outputs. With it the
+same command can continue, and another command is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME, UNFINISHED = "manifest.json", ".unfinished.json"
 
 
 def describe_run(shards: list[Shard], decision: Decision, commit: str | None, config: FilterConfig) -> dict[str, Any]:
-    """What the output is a function of, and the counts: the manifest without the output's hashes."""
+    """What the output depends on, and the counts: the manifest without the hashes of the output files."""
     options = {k: v for k, v in asdict(config).items() if k not in ("dataset_name", "output_dir", "revision", "shard")}
     used = [(shard, number) for shard, number, _, _ in by_row_group(shards, decision.image_sources()[0])]
     inputs = []
@@ -72,7 +72,7 @@ def summary(plan: dict[str, Any]) -> str:
 
 
 def is_finished(folder: Path, dataset_name: str, plan: dict[str, Any]) -> bool:
-    """Whether `folder` holds the finished output of this very run; False if it is new or holds part of it.
+    """Whether `folder` holds the finished output of this run. False if it is new or holds part of that output.
 
     Raises UserError if it holds anything else.
     """
@@ -105,9 +105,9 @@ def is_finished(folder: Path, dataset_name: str, plan: dict[str, Any]) -> bool:
 
 
 def mark_unfinished(folder: Path, plan: dict[str, Any], part: str) -> None:
-    """Marks the folder as this run's. plan: what `describe_run` returns. part: "i/n", which this process holds.
+    """Marks the folder as this run's. plan: from `describe_run`. part: "i/n", which this process holds.
 
-    Machines that start together all write the mark, so each has a temporary file of its own.
+    Machines that start together all write the mark, so each uses its own temporary file.
     """
     if (folder / UNFINISHED).exists():
         return
@@ -120,10 +120,10 @@ def mark_unfinished(folder: Path, plan: dict[str, Any], part: str) -> None:
 
 
 def add_outputs(plan: dict[str, Any], names: list[str], hashes: dict[str, str], config: FilterConfig) -> dict[str, Any]:
-    """The whole manifest. hashes: sha256 by name, of the files that need not be read for it."""
+    """The complete manifest. hashes: known sha256 by file name; other files are read."""
     folder, outputs = Path(config.output_dir), []
     for name in tqdm(names, desc="hash", unit="file", disable=len(hashes) == len(names)):
-        digest = hashes.get(name) or sha256(folder / name)  # of a file that an earlier run or another machine wrote
+        digest = hashes.get(name) or sha256(folder / name)  # the file was written by an earlier run or another machine
         outputs.append({"file": name, "size": (folder / name).stat().st_size, "sha256": digest})
     return {"dataset_name": config.dataset_name, "revision": config.revision} | plan | {"outputs": outputs}
 
@@ -132,5 +132,5 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the last file of a run, and removes the mark that the folder is unfinished."""
     write_text(folder / NAME, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     remove(folder / UNFINISHED)
-    for left in folder.glob(f".{UNFINISHED}.*.tmp"):  # of a process that was killed while it wrote the mark
+    for left in folder.glob(f".{UNFINISHED}.*.tmp"):  # from a process that was killed while it wrote the mark
         remove(left)

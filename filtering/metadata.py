@@ -1,4 +1,4 @@
-"""The metadata of the pairs that are written: rows of the input, and rows made up for pairs that nobody judged."""
+"""The metadata of the output pairs: rows of the input, and synthesised rows for pairs that nobody judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from filtering.source import Shard, read_columns
 
 
 def metadata_of_pairs(shards: list[Shard], decision: Decision) -> pa.Table:
-    """Every column but the images of the pairs, in output order: (P,) rows in the input's schema."""
+    """All columns of the pairs except the images, in output order: (P,) rows in the input's schema."""
     columns = [c for c in shards[0].schema.names if c not in IMAGES]
     rows = np.unique(np.concatenate([decision.row, decision.loser_row]))
     source = read_columns(shards, columns, rows).combine_chunks()

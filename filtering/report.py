@@ -1,4 +1,4 @@
-"""report.html: counts, wins and losses per image, and pairs to look at. One file, opens offline."""
+"""report.html: counts, wins and losses per image, and sample pairs. One file that opens offline."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from filtering.source import Shard, by_row_group, open_shards, read_images
 from ncp.common.errors import UserError
 from ncp.common.files import write_text
 
-SIDE = 160  # pixels of a thumbnail, at most
-Jpegs = dict[tuple[int, int], "bytes | None"]  # by row and side; without those that cannot be read
+SIDE = 160  # maximum side of a thumbnail in pixels
+Jpegs = dict[tuple[int, int], "bytes | None"]  # by row and side; without unreadable images
 
 
 def write_report(shards: list[Shard], manifest: dict[str, Any], findings: Findings, config: FilterConfig) -> None:
-    """Writes report.html, with the images that it shows read from the input if removed, from the output if kept."""
+    """Writes report.html. Images of removed pairs are read from the input, those of kept pairs from the output."""
     print("writing the report ...", flush=True)
     folder, removed, kept = Path(config.output_dir), None, None
     if not config.metadata_only:
@@ -35,7 +35,7 @@ def write_report(shards: list[Shard], manifest: dict[str, Any], findings: Findin
 
 
 def images_of(shards: list[Shard], rows: list[int]) -> Jpegs:
-    """Both JPEGs of these rows, from the row groups that hold them; without those that cannot be read."""
+    """Both JPEGs of these rows, read from their row groups; without unreadable images."""
     found: Jpegs = {}
     for shard, number, keys, inside in by_row_group(shards, np.repeat(rows, 2).astype(np.int64)):
         with suppress(UserError):
@@ -48,9 +48,9 @@ def images_of(shards: list[Shard], rows: list[int]) -> Jpegs:
 
 
 def page(manifest: dict[str, Any], findings: Findings, removed: Jpegs | None, kept: Jpegs | None) -> str:
-    """The report. removed, kept: the images of what is shown; None if the dataset is written without."""
+    """The report's HTML. removed, kept: images of the sample pairs; None if the dataset is written without images."""
     rows, pairs = manifest["rows"], manifest["pairs"]
-    said = ("rule", "dataset_split", "metadata_only", "rows_per_file")  # or of no influence on what is kept
+    said = ("rule", "dataset_split", "metadata_only", "rows_per_file")  # or without influence on the pairs
     options = ", ".join(f"{k} {v}" for k, v in manifest["options"].items() if k not in said and v is not None)
     lead = (
         f"Rule <b>{text(manifest['options']['rule'])}</b> on split {text(manifest['options']['dataset_split'])} of "
@@ -76,7 +76,7 @@ def text(value: object) -> str:
 
 
 def funnel(rows: dict[str, Any], pairs: dict[str, Any]) -> str:
-    """What is left after each reason, as a bar, and what the reason took away."""
+    """For each reason a bar: the rows left after it, and the rows that it dropped."""
     left, lines = rows["input"], []
     scale = 100 / max(rows["input"], 1)
 
@@ -100,7 +100,7 @@ def funnel(rows: dict[str, Any], pairs: dict[str, Any]) -> str:
 
 
 def best_note(count: int, dropped: dict[str, int]) -> str:
-    """What became of games whose best_image_uid is not the winner's."""
+    """A note on the games whose best_image_uid is not the winner's: used or dropped."""
     if not count:
         return ""
     fate = (
@@ -136,7 +136,7 @@ def heat_map(findings: Findings) -> str:
 
 
 def depth(count: int, highest: int) -> str:
-    """How strongly to tint a cell, 0 to 1, by the logarithm of its count."""
+    """The opacity of a cell's colour, 0 to 1, by the logarithm of its count."""
     return f"{np.log1p(count) / np.log1p(highest):.2f}"
 
 
@@ -193,10 +193,10 @@ def card(pair: Shown, jpegs: Jpegs | None) -> str:
 
 
 def thumbnail(jpeg: bytes | None, uid: str) -> str:
-    """An <img> of the picture, or a grey box that says why there is none."""
+    """An <img> element, or a grey box that says why there is no image."""
     try:
         stored = Image.open(io.BytesIO(jpeg or b""))
-        stored.draft("RGB", (SIDE, SIDE))  # decodes at a fraction of the size, where the format can
+        stored.draft("RGB", (SIDE, SIDE))  # decodes at a reduced size, if the format supports it
         image = stored.convert("RGB")
         image.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()

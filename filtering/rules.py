@@ -1,4 +1,4 @@
-"""The rules: which pairs to keep, from the metadata of every row. Pure functions; nothing is read or written."""
+"""The rules: which pairs to keep, given the metadata of every row. Pure functions; no file is read or written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ncp.common.judgements import Judgements, read_judgements
 
 @dataclass
 class Decision:
-    """Pair p = the winner of input row `row[p]` over the loser of input row `loser_row[p]`, in output order.
+    """The pairs in output order: pair p is the winner of input row `row[p]` and the loser of input row `loser_row[p]`.
 
     The two rows are the same unless the pair was never judged. row, loser_row (P,) int64; first_wins (rows,) bool;
     why (rows,) int8: 0 for a kept row, else 1 + the position of its reason in `dropped`, which counts rows by reason.
-    contradicting: valid games whose best_image_uid is not the winner's, dropped or used. prompts, images: how many
-    different ones the pairs have. digest: sha256 of the pairs' ranking ids, winners and times, in hexadecimal.
+    contradicting: number of valid games whose best_image_uid is not the winner's, dropped or used. prompts, images:
+    number of distinct ones in the pairs. digest: sha256 of the pairs' ranking ids, winners and times, in hexadecimal.
     """
 
     games: Games
@@ -37,11 +37,11 @@ class Decision:
 
     @property
     def made_up(self) -> np.ndarray:
-        """Pairs that are no row of the input, (P,) bool."""
+        """The pairs that are not a row of the input, (P,) bool."""
         return self.row != self.loser_row
 
     def image_sources(self) -> tuple[np.ndarray, np.ndarray]:
-        """(input row, side 0 or 1), both (2P,): where images 0 and 1 of each pair in turn come from."""
+        """(input row, side 0 or 1), both (2P,): the source of image 0, then image 1, of each pair."""
         row = np.stack([self.row, self.loser_row], axis=1)
         of_rows = np.tile([0, 1], (len(row), 1))
         winner_first = np.stack([~self.first_wins[self.row], self.first_wins[self.loser_row]], axis=1)
@@ -50,10 +50,11 @@ class Decision:
 
 @dataclass
 class Games:
-    """Who beat whom and when, one entry per input row, of which only those that are `valid` count.
+    """Which image beat which and when: one entry per input row. Only `valid` rows count.
 
-    prompt, winner, loser (rows,): numbers of caption and images (below `images`), in a tie just of its two images;
-    valid, tie (rows,) bool; created, ranking (rows,) int64. wins, losses, ties: (images,) int64, counted from these.
+    prompt, winner, loser (rows,): numbers of caption and images (below `images`); in a tie winner and loser are simply
+    the two images. valid, tie (rows,) bool; created, ranking (rows,) int64. wins, losses, ties: (images,) int64,
+    counted from the valid rows.
     """
 
     prompt: np.ndarray
@@ -74,13 +75,13 @@ class Games:
 
 @dataclass
 class Funnel:
-    """Which rows are still in, and the first reason why each of the others is not: `Decision`'s `why` and `dropped`."""
+    """Which rows are still kept, and for each other row the first reason: `Decision`'s `why` and `dropped`."""
 
     why: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, mask: np.ndarray, reason: str) -> None:
-        """Drops the rows of `mask` (rows,) bool that are still in, and counts them under `reason`."""
+        """Drops the rows of `mask` (rows,) bool that are still kept, and counts them under `reason`."""
         hit = mask & (self.why == 0)
         self.dropped[reason] = int(hit.sum())
         self.why[hit] = len(self.dropped)
@@ -92,11 +93,11 @@ class Funnel:
 def decide(table: pa.Table, config: FilterConfig) -> Decision:
     """Which pairs to write, from the metadata columns of every row (`DECISION`; `MODELS` if the config names models).
 
-    Every dropped row has one reason, the first that applies of: duplicate_ranking_id (again, with other content: none
-    of them is used), duplicate_row, missing_caption, missing_uid, missing_ranking_id, missing_created_at,
-    outside_created_at, other_model, unlabeled (has_label is not true), malformed_labels (no 1/0, 0/1 or 0.5/0.5),
-    same_image, contradictory_best_image_uid (a decisive row; an empty one or 'none' says nothing; not if the config
-    says ignore), too_few_games_for_prompt, tie, and the rule's own. Raises UserError for text that is no UTF-8.
+    Every dropped row has one reason, the first that applies of: duplicate_ranking_id (rows with one id but different
+    content: none is used), duplicate_row, missing_caption, missing_uid, missing_ranking_id, missing_created_at,
+    outside_created_at, other_model, unlabeled (has_label is not true), malformed_labels (not 1/0, 0/1 or 0.5/0.5),
+    same_image, contradictory_best_image_uid (decisive rows only; an empty one or 'none' is accepted; not used if the
+    config says ignore), too_few_games_for_prompt, tie, and the rule's own. Raises UserError for text that is not UTF-8.
     """
     try:
         said = read_judgements(table)
@@ -153,7 +154,7 @@ def decide(table: pa.Table, config: FilterConfig) -> Decision:
 
 
 def outside(created: np.ndarray, config: FilterConfig) -> np.ndarray:
-    """Judgements before created_from, or at or after created_before; created (rows,) int64 ns since 1970."""
+    """Which judgements are before created_from, or at or after created_before; created (rows,) int64 ns since 1970."""
     lowest, highest = time_ns(config.created_from, "created_from"), time_ns(config.created_before, "created_before")
     hit = np.zeros(len(created), bool)
     if lowest is not None:
@@ -164,14 +165,14 @@ def outside(created: np.ndarray, config: FilterConfig) -> np.ndarray:
 
 
 def of_other_models(table: pa.Table, models: list[str]) -> np.ndarray:
-    """Rows of which an image comes from none of the models, (rows,) bool."""
+    """Rows with an image that comes from none of the models, (rows,) bool."""
     known = pa.array(models, pa.string())
     both = [pc.is_in(table[column].cast(pa.string()), value_set=known).to_numpy() for column in MODELS]
     return ~(both[0] & both[1])
 
 
 def number_images(said: Judgements) -> tuple[np.ndarray, np.ndarray, int]:
-    """(image 0, image 1, number of images): an int64 for each pair (caption, uid) that occurs, (rows,) each."""
+    """(image 0, image 1, number of images), (rows,) int64: a number for each distinct pair (caption, uid)."""
     caption, uid = np.concatenate([said.caption, said.caption]), np.concatenate([said.uid_0, said.uid_1])
     encoded = pc.dictionary_encode(pa.array(caption.astype(np.int64) * len(said.uids) + uid))
     image_0, image_1 = encoded.indices.to_numpy().astype(np.int64).reshape(2, -1)
@@ -179,7 +180,7 @@ def number_images(said: Judgements) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def distinct(*codes: np.ndarray) -> int:
-    """How many different values there are among codes, small non-negative integers."""
+    """The number of distinct values among codes, which are small non-negative integers."""
     return int((np.bincount(np.concatenate(codes)) > 0).sum())
 
 
@@ -197,7 +198,7 @@ def select(games: Games, funnel: Funnel, config: FilterConfig) -> tuple[np.ndarr
     decisive = np.flatnonzero(funnel.kept())
     by_time = decisive[np.lexsort((games.ranking[decisive], games.created[decisive]))]
     latest_win = np.full(games.images, -1)
-    latest_win[winner[by_time]] = by_time  # of several rows of one winner, the assignment keeps the last
+    latest_win[winner[by_time]] = by_time  # for several rows of one winner the last assignment stays
     unbeaten = (losses == 0) & (games.ties == 0)
     enough = wins >= (config.min_wins if config.rule == "absolute_winners" else max(config.min_wins, 2))
     if config.rule == "absolute_winners" and config.pairs_per_winner == "all":
@@ -234,16 +235,16 @@ def latest_row_of_pair(games: Games, by_time: np.ndarray, first: np.ndarray, sec
 
 
 def duplicates(content: list[np.ndarray], comparable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(conflict, again), both (rows,) bool, of rows whose key content[0] occurs more than once.
+    """(conflict, again), both (rows,) bool, for rows whose key content[0] occurs more than once.
 
-    conflict: rows of a key whose rows do not all agree. again: rows after the first of their key.
+    conflict: rows whose key has rows that do not all agree. again: rows that are not the first of their key.
     """
     conflict, again = np.zeros(len(comparable), bool), np.zeros(len(comparable), bool)
     rows = np.flatnonzero(comparable)
     rows = rows[np.argsort(content[0][rows], kind="stable")]
-    repeats = content[0][rows[1:]] == content[0][rows[:-1]]  # the row before
+    repeats = content[0][rows[1:]] == content[0][rows[:-1]]  # as in the previous row
     rows = rows[np.concatenate([repeats, [False]]) | np.concatenate([[False], repeats])] if len(rows) else rows
-    first = np.ones(len(rows), bool)  # of its key
+    first = np.ones(len(rows), bool)  # whether it is the first row of its key
     first[1:] = content[0][rows[1:]] != content[0][rows[:-1]]
     differs = np.zeros(len(rows), bool)
     for values in content[1:]:

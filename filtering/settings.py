@@ -1,4 +1,4 @@
-"""The filter's options, and the columns that it knows."""
+"""The filter's options, and the columns that it reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncp.common.errors import UserError
 
 RULES = ("no_ties", "contradiction_free", "absolute_winners", "x_y", "x_y_xz", "x_y_yz")
 IMAGES = ("jpg_0", "jpg_1")
-DECISION = {  # columns that the decision needs, and what they must hold
+DECISION = {  # columns that the decision needs, and their kinds
     "caption": "text",
     "created_at": "a timestamp",
     "has_label": "true or false",
@@ -22,7 +22,7 @@ DECISION = {  # columns that the decision needs, and what they must hold
     "label_1": "a number",
     "ranking_id": "an integer",
 }
-MODELS = {"model_0": "text", "model_1": "text"}  # with the option `models` these too
+MODELS = {"model_0": "text", "model_1": "text"}  # also needed with the option `models`
 
 
 @dataclass
@@ -100,7 +100,7 @@ class FilterConfig:
 
 
 def time_ns(text: str | None, name: str) -> int | None:
-    """An ISO date or time (without a zone: UTC) as nanoseconds since 1970. Raises UserError if it is none."""
+    """An ISO date or time (without a zone: UTC) as nanoseconds since 1970. Raises UserError if it is not valid."""
     if text is None:
         return None
     try:
@@ -112,7 +112,7 @@ def time_ns(text: str | None, name: str) -> int | None:
 
 
 def part_of(shard: str, files: int) -> range:
-    """The file numbers of part i of n ('i/n', from 1), neighbours together. Raises UserError if it is none."""
+    """The contiguous file numbers of part i of n ('i/n', counted from 1). Raises UserError if it is not valid."""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:

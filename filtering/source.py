@@ -1,6 +1,6 @@
-"""The input: the parquet files of a split, local or on the hub, and what is read from them.
+"""The input: the parquet files of a split, local or on the hub.
 
-Metadata is read a column at a time over all files, images a row group at a time. The schema is checked first.
+The schema is checked first. Metadata is read by column over all files, images by row group.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.common.splits import files_of_split, local_files
 
-READ_ROWS = 8  # of images at a time
-TYPES = {  # what a column must hold, and Arrow's types of that kind
+READ_ROWS = 8  # rows of images decoded at a time
+TYPES = {  # kind of a column, and Arrow's types of that kind
     "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
     "a timestamp": (pa.types.is_timestamp,),
     "true or false": (pa.types.is_boolean,),
@@ -38,7 +38,7 @@ TYPES = {  # what a column must hold, and Arrow's types of that kind
 class Shard:
     """One parquet file of the input.
 
-    name: relative to the dataset, as the manifest has it. path: as messages have it. open: gives what pyarrow reads
+    name: relative to the dataset, for the manifest. path: for messages. open: returns the object that pyarrow reads
     from. first_row: the number of the file's first row in the dataset.
     """
 
@@ -51,15 +51,15 @@ class Shard:
     first_row: int = 0
 
     def parquet(self, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
-        """The opened file. dictionaries: text columns to leave as dictionaries, each distinct value once."""
+        """The open file. dictionaries: text columns to read as dictionaries, each distinct value once."""
         file = self.open()
-        # From a hub few and large requests; from a disk a little at a time, since a row group has 340 MB of images.
+        # Few large requests to a hub; small reads from a disk, because a row group has 340 MB of images.
         how = {"buffer_size": 1 << 20} if isinstance(file, str) else {"pre_buffer": True}
         return pq.ParquetFile(file, metadata=self.metadata, read_dictionary=list(dictionaries), **how)
 
 
 def list_files(config: FilterConfig) -> tuple[list[tuple[str, int, Callable[[], Any]]], str | None]:
-    """((name, size, opener) of the split's parquet files by name, commit of a hub dataset or None).
+    """((name, size, opener) of the split's parquet files in order of name, commit of a hub dataset or None).
 
     Raises UserError if there is nothing to read.
     """
@@ -71,7 +71,7 @@ def list_files(config: FilterConfig) -> tuple[list[tuple[str, int, Callable[[], 
 
     try:
         info = HfApi().dataset_info(config.dataset_name, revision=config.revision, files_metadata=True)
-    except Exception as error:  # the hub's client raises many kinds, offline more still
+    except Exception as error:  # the hub's client raises many kinds, and more when offline
         reason = hub.reason(error)
         raise UserError(
             f"dataset_name: '{config.dataset_name}' is no local path, and the hub gave no such dataset ({reason})"
@@ -79,7 +79,7 @@ def list_files(config: FilterConfig) -> tuple[list[tuple[str, int, Callable[[], 
     remote, root = HfFileSystem(), f"datasets/{config.dataset_name}@{info.sha}"
     sizes = {f.rfilename: f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".parquet")}
     names = files_of_split(sizes, config.dataset_split, config.dataset_name)
-    # No read-ahead: pyarrow asks for the byte ranges it needs, and image columns lie between them.
+    # No read-ahead: pyarrow requests the byte ranges that it needs, with image columns between them.
     open_name = partial(remote.open, mode="rb", cache_type="none")
     return [(n, sizes[n], partial(open_name, f"{root}/{n}")) for n in names], info.sha
 
@@ -87,7 +87,7 @@ def list_files(config: FilterConfig) -> tuple[list[tuple[str, int, Callable[[], 
 def open_shards(config: FilterConfig) -> tuple[list[Shard], str | None]:
     """(the input files with their footers read, commit of a hub dataset or None).
 
-    Raises UserError naming the file that is no parquet, lacks a column or differs in schema from the first.
+    Raises UserError naming a file that is not parquet, lacks a column or differs in schema from the first.
     """
     files, commit = list_files(config)
     is_file, folder = Path(config.dataset_name).is_file(), config.dataset_name.rstrip("/")
@@ -131,7 +131,7 @@ def check_schema(shard: Shard, config: FilterConfig) -> None:
 
 
 def read_metadata(shards: list[Shard], config: FilterConfig) -> pa.Table:
-    """The columns of the whole input that the decision needs, text as dictionaries."""
+    """The columns that the decision needs, for the whole input, with text as dictionaries."""
     columns = [c for c in DECISION if c in shards[0].schema.names]
     columns += MODELS if config.models is not None else []
     return read_columns(shards, columns, dictionaries=[c for c in columns if DECISION.get(c) == "text"])
@@ -140,9 +140,9 @@ def read_metadata(shards: list[Shard], config: FilterConfig) -> pa.Table:
 def read_columns(
     shards: list[Shard], columns: list[str], rows: np.ndarray | None = None, dictionaries: Sequence[str] = ()
 ) -> pa.Table:
-    """These columns of the whole input, or of its `rows` (sorted, distinct) only; no other column is read.
+    """These columns of the whole input, or only of `rows` (sorted, distinct). No other column is read.
 
-    dictionaries: text columns to leave as files store them, each distinct value of a row group once.
+    dictionaries: text columns to keep as the files store them, each distinct value of a row group once.
     """
 
     def read(shard: Shard) -> pa.Table:
@@ -159,7 +159,7 @@ def read_columns(
 
 
 def by_row_group(shards: list[Shard], rows: np.ndarray) -> Iterator[tuple[Shard, int, np.ndarray, np.ndarray]]:
-    """(shard, row group, positions in `rows` in order of row, these rows within the group) where there are any."""
+    """Yields (shard, row group, positions in `rows` in order of row, these rows within the group), if it has any."""
     places, first = [], 0
     for shard in shards:
         for number in range(shard.metadata.num_row_groups):
@@ -175,7 +175,7 @@ def by_row_group(shards: list[Shard], rows: np.ndarray) -> Iterator[tuple[Shard,
 def read_images(
     shard: Shard, group: int, keys: np.ndarray, rows: np.ndarray, sides: np.ndarray
 ) -> Iterator[list[tuple[int, pa.Array]]]:
-    """(keys[i], image sides[i] of row rows[i] of the row group), rows ascending, in lists of a few rows' images.
+    """Yields lists of (keys[i], image sides[i] of row rows[i] of the row group), rows ascending, a few rows a list.
 
     Raises UserError if the file cannot be read.
     """
@@ -196,7 +196,7 @@ def read_images(
 
 
 def threads_for(path: str) -> int:
-    """How many to read files with: one per core locally; a hub answers slowly, but many at once."""
+    """The number of threads that read files: one per core locally; more for a hub, which is slow but parallel."""
     return min(os.cpu_count() or 1, 8) if os.path.exists(path) else 16
 
 

@@ -1,12 +1,12 @@
-"""Noise-conditioned perceptual preference optimization: the method and the plumbing of the scripts."""
+"""Noise-conditioned perceptual preference optimization: the method, and the code that the scripts share."""
 
 import logging
 import os
 
 __version__ = "0.1.0"
 
-# Library notices that a newcomer reads as errors (a missing optional kernel, an absent torchvision) stay off the
-# first screen; set these variables yourself to see them. Errors still come through.
+# Hides library notices that look like errors to a new user (a missing optional kernel, an absent torchvision). Set
+# these variables yourself to see them. Errors are still shown.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("DATASETS_VERBOSITY", "error")

@@ -1,8 +1,8 @@
-"""The diffusion arithmetic of the method (Ho et al. 2020; paper eq. 1, 2 and 12), in float32 whatever the weights are.
+"""The diffusion arithmetic of the method (Ho et al. 2020; paper eq. 1, 2 and 12), in float32 for any weight dtype.
 
 Tensors are named as in the paper: `x_t` (B, C, H, W) is a noised latent, `eps` its noise, `abar` the
-scheduler's `alphas_cumprod`. Timesteps are (B,) int64 in [0, T-1]; a previous timestep of -1 stands
-for the clean sample, where abar = 1. With zero terminal SNR abar is 0 at t = T-1, where x_t is the noise itself.
+scheduler's `alphas_cumprod`. Timesteps are (B,) int64 in [0, T-1]. A previous timestep of -1 means
+the clean sample, where abar = 1. With zero terminal SNR, abar is 0 at t = T-1, and x_t there is the noise itself.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 def add_noise(scheduler: DDPMScheduler, x0: torch.Tensor, eps: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """x_t of eq. 1, (B, C, H, W) float32.
 
-    The scheduler casts abar to its input's dtype; in bfloat16 it would add no noise at all at t = 0 and 1.
+    The inputs are cast to float32 because the scheduler casts abar to their dtype: bfloat16 would add no noise at all
+    at t = 0 and 1.
     """
     return scheduler.add_noise(x0.float(), eps.float(), timestep)
 
 
 def previous(timestep: torch.Tensor, k: int | None) -> torch.Tensor:
-    """t' = t - k, (B,); -1, the clean sample, if k is None."""
+    """t' = t - k, (B,). If k is None: -1, the clean sample."""
     return torch.full_like(timestep, -1) if k is None else timestep - k
 
 
 def to_x0(
     scheduler: DDPMScheduler, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The clean sample (B, C, H, W) float32 that a model output at `sample` = x_t stands for.
+    """The clean sample (B, C, H, W) float32 that corresponds to a model output at `sample` = x_t.
 
         epsilon        (x_t - sqrt(1 - abar) eps) / sqrt(abar)
         v_prediction   sqrt(abar) x_t - sqrt(1 - abar) v,   v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
         sample         the output itself
 
-    The last two are finite at abar = 0. Raises ValueError for other types.
+    The last two are finite at abar = 0. Raises ValueError for other prediction types.
     """
     kind, a, b = _kind_and_roots(scheduler, timestep)
     if kind == "epsilon":
@@ -49,14 +50,15 @@ def to_x0(
 def to_epsilon(
     scheduler: DDPMScheduler, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The noise prediction (B, C, H, W) float32 that a model output at `sample` = x_t stands for, as eq. 3 compares it.
+    """The noise prediction (B, C, H, W) float32 of eq. 3 that corresponds to a model output at `sample` = x_t.
 
         epsilon        the output itself
         v_prediction   sqrt(abar) v + sqrt(1 - abar) x_t
         sample         (x_t - sqrt(abar) x0) / sqrt(1 - abar),   which needs t > 0 where abar is 1 at t = 0
 
-    The error of the noise is sqrt(abar) times that of v. At abar = 0 it is x_t whatever the model says: x_t is the
-    noise, so there is nothing to predict, and eq. 3 is 0 there with no gradient. Raises ValueError for other types.
+    For v_prediction, the error of the noise is sqrt(abar) times the error of v. At abar = 0 the noise prediction is
+    x_t for any model output: x_t is the noise, nothing is left to predict, and eq. 3 is 0 without a gradient. Raises
+    ValueError for other prediction types.
     """
     kind, a, b = _kind_and_roots(scheduler, timestep)
     if kind == "epsilon":
@@ -67,7 +69,7 @@ def to_epsilon(
 
 
 def _kind_and_roots(scheduler: DDPMScheduler, timestep: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """The prediction type, sqrt(abar) and sqrt(1 - abar), (B, 1, 1, 1) float32. Raises ValueError for other types."""
+    """The prediction type, sqrt(abar) and sqrt(1 - abar), (B, 1, 1, 1) float32. Raises ValueError for others."""
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type {kind!r} is not supported; expected one of {', '.join(PREDICTION_TYPES)}")
@@ -85,7 +87,7 @@ def reverse_step(
 ) -> torch.Tensor:
     """x_{t'} of eq. 2 and 12: one DDPM step from `sample` = x_t towards `x0`, (B, C, H, W) float32.
 
-    With the noise eps that `x0` stands for in x_t (`to_x0`), it is the paper's step,
+    With the noise eps that corresponds to `x0` in x_t (`to_x0`), this is the paper's step,
 
         x_t' = (x_t - (1 - alpha) / sqrt(1 - abar_t) * eps) / sqrt(alpha) + sigma z,   alpha = abar_t / abar_t'
 
@@ -93,10 +95,10 @@ def reverse_step(
 
         x_t' = sqrt(abar_t') (1 - alpha) / (1 - abar_t) x0 + sqrt(alpha) (1 - abar_t') / (1 - abar_t) x_t + sigma z
 
-    The paper prints 1 - alpha_t under the root in eq. 12; DDPM and its eq. 2 have 1 - abar_t, used here.
-    For t' = t - k the posterior is the one between t and t - k; t' = -1 gives the clean sample, without noise.
-    sigma follows the scheduler's `variance_type`. Like the equation, and unlike `DDPMScheduler.step` with
-    `clip_sample` on, it clips nothing. Raises ValueError for a learned variance.
+    The paper prints 1 - alpha_t under the root in eq. 12. DDPM and the paper's eq. 2 have 1 - abar_t, used here.
+    For t' = t - k the posterior is the one between t and t - k. t' = -1 gives the clean sample, without noise.
+    sigma follows the scheduler's `variance_type`. Nothing is clipped: the equation does not clip, although
+    `DDPMScheduler.step` does with `clip_sample` on. Raises ValueError for a learned variance.
     """
     # The coefficients in float64 (1 - alpha cancels), the images in float32.
     on_x0, on_x_t, sigma = (c.float() for c in posterior(scheduler, timestep, prev_timestep))
@@ -110,7 +112,7 @@ def posterior(
     abar_t, abar_prev = abar_at(scheduler, timestep), abar_at(scheduler, prev_timestep)
     alpha = abar_t / abar_prev
     kind = scheduler.config.variance_type
-    if kind in ("fixed_small", "fixed_small_log"):  # one variance; the log form only computes it otherwise
+    if kind in ("fixed_small", "fixed_small_log"):  # the same variance; only computed through its log
         variance = (1 - abar_prev) / (1 - abar_t) * (1 - alpha)
     elif kind == "fixed_large":
         variance = torch.where(prev_timestep.view(-1, 1, 1, 1) < 0, 0.0, 1 - alpha)

@@ -1,4 +1,4 @@
-"""The perceptual encoder f: the frozen downsampling half of the U-Net, and the small differences of its features."""
+"""The perceptual encoder f (the frozen downsampling half of the U-Net), and small differences of its features."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 
 Features = torch.Tensor | tuple[torch.Tensor, ...]
 
-# Of `Displacement` in float16, in latent standard deviations. Measured on the embedded and on random U-Nets in the
-# layouts of SD 1.5 and SDXL (docs/precision.md): shorter, rounding shows; longer, f's curvature does.
+# Length of the step of `Displacement` in float16, in latent standard deviations. Measured on the embedded U-Net and on
+# random ones in the layouts of SD 1.5 and SDXL (docs/precision.md). With a shorter step rounding errors grow, with a
+# longer one the error from f's curvature.
 STEP_LENGTH = 0.016
 
 
 def frozen_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A second module over the same storage: the reference model, free of later adapters.
+    """A second module over the same storage: the reference model, which later adapters do not change.
 
-    LoRA keeps every original parameter object as a `base_layer`, so a twin made before `add_adapter`
-    stays the untouched model and costs no memory. Raises ValueError once adapters are there.
-    Freezes the shared parameters.
+    LoRA keeps every original parameter object as a `base_layer`. So a twin made before `add_adapter` stays
+    the original model and costs no memory. Freezes the shared parameters. Raises ValueError if the U-Net has adapters.
     """
     if getattr(unet, "peft_config", None):
         raise ValueError("the U-Net has adapters already; make its frozen twin before add_adapter")
@@ -38,8 +38,8 @@ class DownBlockEncoder(nn.Module):
     Call: encoder(sample (N, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), added_cond_kwargs)
     -> the chosen block's output (N, C', H', W') float32, or a tuple of them in the order of `blocks`, computed in the
     weights' dtype. N is a multiple of B: the conditions repeat. Gradients flow to `sample`; the weights have none.
-    In float16 each sample's gradient passes through at a scale of its own, so that it neither underflows nor overflows
-    whatever the objective's weights are.
+    In float16 the backward pass scales each sample's gradient separately, so that it neither underflows nor overflows,
+    for any weights of the objective.
     """
 
     def __init__(self, unet: UNet2DConditionModel, blocks: Sequence[int | str]):
@@ -54,11 +54,11 @@ class DownBlockEncoder(nn.Module):
         blocks: Sequence[int | str] = ("last",),
         dtype: torch.dtype | None = None,
     ) -> DownBlockEncoder:
-        """An encoder over `unet`'s own storage; make it before adapters are added.
+        """An encoder that shares `unet`'s storage; make it before adapters are added.
 
-        blocks: down-block indices (0 is the first; text such as "0" will do), "last", or "mid"; the feature of
-        a block is what it hands to the next one. dtype: another than the weights' costs a copy of the encoder's part
-        of them. Raises ValueError for a block that is not there.
+        blocks: down-block indices (0 is the first; text such as "0" is accepted), "last", or "mid". The feature of
+        a block is its output to the next block. dtype: if it differs from the weights', the encoder's part of them is
+        copied. Raises ValueError for a block that does not exist.
         """
         taps = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
         if not taps or len(set(taps)) < len(taps):
@@ -119,7 +119,7 @@ class DownBlockEncoder(nn.Module):
 
 
 class _Leave(torch.autograd.Function):
-    """The identity of features (N, ...). Backward, each sample's gradient is brought to a largest element near 1."""
+    """The identity on features (N, ...). Its backward scales each sample's gradient to a largest element near 1."""
 
     @staticmethod
     def forward(ctx: Any, scale: dict[str, torch.Tensor], *blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,13 +129,13 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         largest = torch.stack([g.abs().flatten(1).amax(1) for g in gradients]).amax(0)
-        # A power of two, which rounds nothing; a sample without a gradient keeps its zeros.
+        # A power of two, so that scaling does not round. A sample with a zero gradient keeps its zeros.
         ctx.scale["s"] = torch.exp2(torch.log2(largest.clamp_min(2.0**-100)).floor())
         return None, *(g / ctx.scale["s"].view(-1, *[1] * (g.ndim - 1)) for g in gradients)
 
 
 class _Enter(torch.autograd.Function):
-    """The identity of the sample (N, C, H, W); backward it undoes the scale that `_Leave` chose."""
+    """The identity on the sample (N, C, H, W). Its backward undoes the scale that `_Leave` chose."""
 
     @staticmethod
     def forward(ctx: Any, sample: torch.Tensor, scale: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -148,10 +148,10 @@ class _Enter(torch.autograd.Function):
 
 
 def precision_of_f(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """What f is computed in, for a U-Net whose weights are in `weights` on `device`.
+    """The dtype in which f is computed, for a U-Net with weights of dtype `weights` on `device`.
 
-    float32 and float16 stay. bfloat16 is too coarse for differences as small as eq. 13's (docs/precision.md); on a GPU
-    float16 is as fast, and on a CPU float32 is.
+    float32 and float16 are kept. bfloat16 is too coarse for differences as small as those of eq. 13
+    (docs/precision.md). It is replaced by float16 on a GPU and float32 on a CPU, which are as fast there.
     """
     if weights != torch.bfloat16:
         return weights
@@ -171,23 +171,25 @@ def normalize_block(block: int | str, count: int) -> int | str:
 
 @dataclass
 class Displacement:
-    """f(x) - f(target), float32, for x (B, C, H, W) a small step d = x - target away; gradient to x alone.
+    """f(x) - f(target), float32, for x (B, C, H, W) at a small step d = x - target. Only x gets a gradient.
 
-    secant "1" is eq. 13 as printed, and exact in float32. One DDPM step with the predicted and with the true noise
+    secant "1" is eq. 13 as printed, and exact in float32. The DDPM steps with the predicted and with the true noise
     differ by 0.4% to 2% of the noise error, which is at or below the rounding of half precision. "auto" is for an f in
     half precision. It takes the difference over a longer step about the same midpoint, and the gradient at x itself:
 
         value      (f(m + s d / 2) - f(m - s d / 2)) / s,   m = target + d / 2,   s = length / rms(d) per sample
         gradient   of f at x
 
-    near: a point and its displacement, from which "auto" then measures. So policy and reference differ by what was
-    measured between them, to a few percent of that however small it is, and not at all if they are equal.
+    near: a point and its displacement. "auto" then measures the difference from this point instead of the target. With
+    the reference as `near`, the difference between policy and reference is measured directly: its relative error is a
+    few percent even if it is very small, and it is exactly 0 if the two are equal.
 
-    Even orders of f's curvature cancel in the value. Where d is that long already (large timestep offsets, x0), s = 1,
-    and it is eq. 13. A number s above 1 is the one-sided secant (f(target + s d) - f(target)) / s, with the gradient at
-    its far end. Several blocks give several differences.
+    Even orders of f's curvature cancel in the value. Where d is already at least `length` (large timestep offsets, x0),
+    s = 1, and the value is eq. 13. A number s above 1 is the one-sided secant (f(target + s d) - f(target)) / s, with
+    the gradient at its far end. Several blocks give several differences.
 
-    Every call of f has B rows: in one batch they would round differently, and equal x would not give equal results.
+    Every call of f has B rows. Stacked into one batch the rows would round differently, and equal x would not give
+    equal results.
     """
 
     f: Callable[[torch.Tensor], Features]
@@ -208,13 +210,13 @@ class Displacement:
                 value = value if known is None else _each(torch.add, value, known)
             return _each(_value_and_gradient, value, self.f(x)) if x.requires_grad else value
         s = float(self.secant)
-        # The value of target + s d with d's own gradient: scaled by s it would overflow in float16.
+        # The value of target + s d, with the gradient of d: a gradient scaled by s would overflow in float16.
         ahead = self.target + s * (x - self.target).detach() + (x - x.detach()) if s != 1 else x
         return _each(lambda p, q: _value_and_gradient((p.detach() - q) / s, p), self.f(ahead), self._f_target)
 
 
 def _central(f: Callable[[torch.Tensor], Features], x: torch.Tensor, base: torch.Tensor, length: float) -> Features:
-    """f(x) - f(base) from two points on their line, at least `length` apart about their midpoint."""
+    """f(x) - f(base), from two points on the line through x and base, at least `length` apart, about their midpoint."""
     middle, d = (base + x) / 2, x - base
     s = (length / d.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1)
     ahead, behind = (f(middle + sign * s / 2 * d) for sign in (1, -1))

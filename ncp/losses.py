@@ -1,8 +1,8 @@
 """Distances and objectives: tensors in, per-sample values out (paper eq. 3, 13, 14, 15). The caller takes the mean.
 
-`policy_w` and its kin are per-sample diffusion losses (B,), float32, of winner and loser, under the policy
-and the reference: perceptual (PL, eq. 13) or latent (L, eq. 3). `beta` is the paper's beta T: T is folded in,
-and there is no factor 0.5. Metrics are detached (B,) tensors.
+`policy_w`, `policy_l`, `ref_w` and `ref_l` are per-sample diffusion losses (B,), float32, of winner and loser, under
+the policy and the reference: perceptual (PL, eq. 13) or latent (L, eq. 3). `beta` is the paper's beta times T, and
+there is no factor 0.5. Metrics are detached (B,) tensors.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ SATURATED = 5.0  # a logit beyond which the sigmoid's slope is below 3% of its l
 def perceptual_distance(pred_features: Features, target_features: Features) -> torch.Tensor:
     """|| pred - target ||^2 of eq. 13 as the mean over a block's elements, (B,) float32.
 
-    Features are one (B, ...) tensor or several; several blocks count equally, each by its own mean.
-    The mean, not the printed sum, is what the published beta of 2500 belongs to.
+    Features are one (B, ...) tensor or several, one per block. The result is the mean of the blocks' means.
+    The published beta of 2500 belongs to this mean, not to the printed sum.
     """
     pairs = zip(_blocks(pred_features), _blocks(target_features), strict=True)
     return mean_square(tuple(p.float() - q.float() for p, q in pairs))
 
 
 def mean_square(difference: Features) -> torch.Tensor:
-    """The mean square of one (B, ...) tensor, or the mean of several's, (B,)."""
+    """The mean square of one (B, ...) tensor, or the mean over several tensors, (B,)."""
     return torch.stack([block.square().flatten(1).mean(1) for block in _blocks(difference)]).mean(0)
 
 
@@ -49,7 +49,7 @@ def dpo_loss(
     metrics = {
         "reward_w": -beta * drift_w,
         "reward_l": -beta * drift_l,
-        # The winner's loss relative to the reference: above 0 the policy draws winners less likely than before.
+        # The winner's loss relative to the reference. Above 0, winners are less likely under the policy than before.
         "winner_drift": drift_w / ref_w.clamp_min(torch.finfo(ref_w.dtype).tiny),
         **_preference(logit, policy_w, policy_l),
     }

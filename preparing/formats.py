@@ -1,7 +1,7 @@
-"""Rows of preference datasets as judgements of two images: a pure function per format.
+"""Converts rows of preference datasets to judgements of two images: a pure function per format.
 
-The columns are those of the datasets' cards and loaders, as named in each function. A function raises KeyError for a
-column that a row lacks, and ValueError, saying what is wrong, for a value that its format does not allow.
+The columns are taken from the datasets' cards and loaders, and named in each function. A function raises KeyError for a
+missing column, and ValueError, with the reason, for a value that its format does not allow.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Judgement:
-    """Two images for a prompt, and how far the first is preferred: 1 it, 0 the second, 0.5 neither, None unknown.
+    """Two images for a prompt, and the preference for the first: 1 first, 0 second, 0.5 neither, None unknown.
 
-    images: bytes, a path, or a dict of `bytes` and `path` each. is_share: `preference` is a share of several judges.
+    images: each bytes, a path, or a dict of `bytes` and `path`. is_share: `preference` is a share of several votes.
     created_at: naive, UTC.
     """
 
@@ -46,7 +46,8 @@ def hpdv2(row: Row, config: PrepareConfig) -> Judgement:
 def hpdv3(row: Row, config: PrepareConfig) -> Judgement:
     """MizzenAI/HPDv3: `prompt`, `path1` (the preferred), `path2`; `choice_dist` (votes, or null); `model1`, `model2`.
 
-    The larger number of choice_dist is path1's: HPSv3's loader (hpsv3/dataset) sorts them before it takes the share.
+    The larger number of choice_dist belongs to path1: HPSv3's loader (hpsv3/dataset) sorts the two before it takes the
+    share.
     """
     models = (text(row.get("model1")), text(row.get("model2")))
     images = (row["path1"], row["path2"])
@@ -64,7 +65,7 @@ def chosen_rejected(row: Row, config: PrepareConfig) -> Judgement:
 def rapidata(row: Row, config: PrepareConfig) -> Judgement:
     """Rapidata's pair sets: `prompt`, `image1`, `image2`, `model1`, `model2`, `weighted_results_image1_QUESTION`, ...2.
 
-    The two results are shares of the votes, weighted by how reliable the annotators are.
+    The two results are shares of the votes, weighted by the annotators' reliability.
     """
     results = (row[f"weighted_results_image{i}_{config.asked}"] for i in (1, 2))
     models = (text(row.get("model1")), text(row.get("model2")))
@@ -72,7 +73,7 @@ def rapidata(row: Row, config: PrepareConfig) -> Judgement:
 
 
 def imagereward(rows: Sequence[Row], config: PrepareConfig) -> list[Judgement]:
-    """zai-org/ImageRewardDB: the rows of one `prompt_id`, an image each, as all their pairs (as its loader pairs them).
+    """zai-org/ImageRewardDB: the rows of one `prompt_id`, one image each, as all their pairs (as in its own loader).
 
     `prompt`, `image` or `image_path`, `image_amount_in_total`; `rank` (1 is best, images may share one), or a rating
     from 1 to 7 (7 is best): `overall_rating`, `image_text_alignment_rating`, `fidelity_rating`.
@@ -120,14 +121,14 @@ ONE_ROW: dict[str, Callable[[Row, PrepareConfig], Judgement]] = {
 
 
 def judgements(rows: Sequence[Row], config: PrepareConfig) -> list[Judgement]:
-    """What rows that belong together say: one row, or for imagereward those of one prompt_id."""
+    """The judgements in rows that belong together: one row, or for imagereward the rows of one prompt_id."""
     if config.format == "imagereward":
         return imagereward(rows, config)
     return [ONE_ROW[config.format](row, config) for row in rows]
 
 
 def columns(config: PrepareConfig) -> tuple[list[str], list[str]]:
-    """(the columns that a format needs, those that it looks at where they are there)."""
+    """(required columns of a format, optional columns that it reads if they exist)."""
     named = [config.prompt_column, *config.image_columns, *config.preference_columns, *config.model_columns]
     named += [config.created_at_column] if config.created_at_column else []
     known: dict[str, tuple[list[str], list[str]]] = {
@@ -151,7 +152,7 @@ def columns(config: PrepareConfig) -> tuple[list[str], list[str]]:
 
 
 def pair(row: Row, column: str) -> tuple[Any, Any]:
-    """The two items of a column. Raises ValueError if there are not two."""
+    """The two items in a column. Raises ValueError if there are not exactly two."""
     value = row[column]
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"{column} is {value!r}; expected two items")
@@ -159,7 +160,7 @@ def pair(row: Row, column: str) -> tuple[Any, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A number; None for nothing and NaN. Raises ValueError for anything else."""
+    """The value as a number; None for a missing value or NaN. Raises ValueError for anything else."""
     if value is None or value == "":
         return None
     if isinstance(value, (list, dict)):
@@ -172,7 +173,7 @@ def number(value: Any) -> float | None:
 
 
 def share_of(first: Any, second: Any) -> float | None:
-    """The first's share of two votes or scores; None if one is missing or both are 0. Raises ValueError below 0."""
+    """first / (first + second) of votes or scores; None if one is missing or both are 0. ValueError below 0."""
     scores = (number(first), number(second))
     if scores[0] is None or scores[1] is None:
         return None
@@ -183,14 +184,14 @@ def share_of(first: Any, second: Any) -> float | None:
 
 
 def better(first: float | None, second: float | None, sign: int) -> float | None:
-    """1 if sign x first is the larger, 0 if sign x second is, 0.5 if they are equal; None if one is missing."""
+    """1 if sign * first is larger, 0 if sign * second is, 0.5 if they are equal; None if one is missing."""
     if first is None or second is None:
         return None
     return 0.5 if first == second else float(sign * first > sign * second)
 
 
 def meaning(value: Any, words: Sequence[str]) -> float | None:
-    """1, 0 or 0.5 for the first, second or third word; None for nothing. Raises ValueError for another word."""
+    """1, 0 or 0.5 for the first, second or third word; None for a missing value. ValueError for another word."""
     if value is None or value == "":
         return None
     if str(value) not in words:
@@ -203,7 +204,7 @@ def text(value: Any) -> str | None:
 
 
 def moment(value: Any) -> datetime:
-    """A time as naive UTC. Raises ValueError if it is none."""
+    """A time as naive UTC. Raises ValueError if it is not a time."""
     try:
         found = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (ValueError, TypeError):

@@ -1,7 +1,7 @@
-"""manifest.json: what was read and written; and how far an unfinished output folder is.
+"""manifest.json: what was read and written. Also the progress of an unfinished output folder.
 
-While a folder is unfinished, a file of another name (`UNFINISHED`) says so after every output file, so that the same
-command goes on behind the last of them, and another command is refused the folder.
+While a folder is unfinished, a file of another name (`UNFINISHED`) records the progress after every output file. With
+it the same command can continue after the last finished file, and another command is refused.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from preparing.settings import PrepareConfig
 from preparing.write import Tally
 
 NAME, UNFINISHED = "manifest.json", ".unfinished.json"
-MAY_CHANGE = ("dataset_name", "output_dir", "images", "bad_images")  # where things are; what is done about bad ones
+MAY_CHANGE = ("dataset_name", "output_dir", "images", "bad_images")  # locations, and how bad images are handled
 
 
 def describe_run(files: dict[str, Path], config: PrepareConfig) -> dict[str, Any]:
-    """What the output is a function of."""
+    """What the output depends on."""
     return {
         "tool": "prepare_preferences",
         "version": __version__,
@@ -36,9 +36,9 @@ def describe_run(files: dict[str, Path], config: PrepareConfig) -> dict[str, Any
 
 
 def find_progress(folder: Path, plan: dict[str, Any]) -> tuple[Tally, list[dict[str, Any]], bool]:
-    """(how far an earlier run of this command came, its output files, whether it finished).
+    """(progress of an earlier run of this command, its output files, whether it finished).
 
-    Raises UserError if the folder holds anything else, or a file is not as it was written.
+    Raises UserError if the folder holds anything else, or a file has changed since it was written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")

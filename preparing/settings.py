@@ -8,7 +8,7 @@ from ncp.common.config import one_item_each, option
 from ncp.common.errors import UserError
 
 FORMATS = ("hpdv2", "hpdv3", "chosen_rejected", "rapidata", "imagereward", "table")
-QUESTIONS = {  # what a format lets one ask; the first is its default
+QUESTIONS = {  # the questions of each format; the first is the default
     "rapidata": ("preference", "alignment", "coherence"),
     "imagereward": ("rank", "overall_rating", "image_text_alignment_rating", "fidelity_rating"),
 }
@@ -69,7 +69,7 @@ class PrepareConfig:
     )
 
     def check(self) -> None:
-        """Rules that span keys. Raises UserError."""
+        """Raises UserError for keys that contradict each other."""
         allowed = QUESTIONS.get(self.format, ())
         if self.question is not None and self.question not in allowed:
             known = f"expected one of: {', '.join(allowed)}" if allowed else f"format {self.format} has one question"
@@ -89,5 +89,5 @@ class PrepareConfig:
 
     @property
     def asked(self) -> str | None:
-        """The question, or the format's default one."""
+        """The configured question, or the format's default."""
         return self.question or next(iter(QUESTIONS.get(self.format, ())), None)

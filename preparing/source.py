@@ -1,4 +1,4 @@
-"""Rows of parquet, JSON, JSON Lines and CSV files, one after the other: what is read is let go before more is read."""
+"""Reads rows of parquet, JSON, JSON Lines and CSV files in order, with only a few rows in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK, LONGEST = 1 << 20, 1 << 26  # characters of JSON read at once, and of one
 
 
 def find_files(config: PrepareConfig) -> dict[str, Path]:
-    """Name to path of the input files. Raises UserError if there are none, or if one is of no kind that can be read."""
+    """Name to path of the input files. Raises UserError if there are none, or if one has an unsupported suffix."""
     path = Path(config.dataset_name)
     if path.is_file():
         if path.suffix not in (".parquet", *TEXT):
@@ -60,9 +60,9 @@ def check_files(files: Iterable[Path], config: PrepareConfig) -> None:
 
 
 def read_units(files: Iterable[Path], start: int, config: PrepareConfig) -> Iterator[tuple[str, list[Row]]]:
-    """(where it is, row alone), or for imagereward (where the first is, neighbours of one prompt_id), in order.
+    """Yields (location, [row]), or for imagereward (location of the first, adjacent rows of one prompt_id), in order.
 
-    start: how many rows of all files to leave out.
+    start: number of rows to skip, counted over all files.
     """
     rows = read_rows(files, start, config)
     if config.format != "imagereward":
@@ -75,7 +75,7 @@ def read_units(files: Iterable[Path], start: int, config: PrepareConfig) -> Iter
 
 
 def read_rows(files: Iterable[Path], start: int, config: PrepareConfig) -> Iterator[tuple[str, Row]]:
-    """(where it is, row) of every row of the files, in order, from number `start` of all of them on."""
+    """Yields (location, row) for the rows of all files in order, beginning with row number `start`."""
     for file in files:
         length = pq.read_metadata(file).num_rows if file.suffix == ".parquet" else None
         if length is not None and start >= length:
@@ -87,7 +87,7 @@ def read_rows(files: Iterable[Path], start: int, config: PrepareConfig) -> Itera
 
 
 def rows_of_file(file: Path, start: int, config: PrepareConfig) -> Iterator[Row]:
-    """Rows of a file from number `start` on. Raises UserError if it cannot be read or a row is none."""
+    """The rows of a file from number `start` on. Raises UserError if it cannot be read or an item is not a row."""
     with explain_read_errors(file):
         if file.suffix == ".parquet":
             yield from parquet_rows(file, start, config)
@@ -102,7 +102,7 @@ def rows_of_file(file: Path, start: int, config: PrepareConfig) -> Iterator[Row]
 
 
 def parquet_rows(file: Path, start: int, config: PrepareConfig) -> Iterator[Row]:
-    """Only the columns that the format looks at are read, and only the row groups from row `start` on."""
+    """The rows from number `start` on. Reads only the columns of the format, and only the row groups needed."""
     parquet = pq.ParquetFile(file, memory_map=True)
     needed, optional = columns(config)
     names = parquet.schema_arrow.names
@@ -137,7 +137,7 @@ def json_rows(file: Path) -> Iterator[Any]:
             if at < len(text):
                 try:
                     row, end = decoder.raw_decode(text, at)
-                    if end < len(text) or ended:  # else a number may go on
+                    if end < len(text) or ended:  # otherwise a number may continue in the next block
                         yield row
                         at = end
                         continue

@@ -1,4 +1,4 @@
-"""Judgements as rows in Pick-a-Pic's columns, and rows as parquet files."""
+"""Converts judgements to rows with Pick-a-Pic's columns, and writes rows to parquet files."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SCHEMA = pa.schema(
     ]
 )
 IMAGES = ("jpg_0", "jpg_1")
-ROWS_PER_GROUP = 10  # about 3.5 MB of Pick-a-Pic: the training scripts read a row without a copy (ncp/training/rows.py)
-DROPPED = ("unusable_prompt", "no_preference", "missing_image", "unreadable_image")  # in the order of looking
+ROWS_PER_GROUP = 10  # about 3.5 MB in Pick-a-Pic: training reads rows in place (ncp/training/rows.py)
+DROPPED = ("unusable_prompt", "no_preference", "missing_image", "unreadable_image")  # in the order of the checks
 
 
 class BadImage(Exception):
-    """An image that cannot be used: which of DROPPED it is, and what is wrong in words."""
+    """An image that cannot be used, with its reason in DROPPED and an explanation in words."""
 
     def __init__(self, reason: str, words: str):
         super().__init__(words)
@@ -50,9 +50,9 @@ class BadImage(Exception):
 
 @dataclass
 class Tally:
-    """How far the input is read, and what became of it. Each of `pairs` is dropped, a decisive row or a tie."""
+    """The progress in the input, and the counts. Each of `pairs` is dropped, a decisive row or a tie."""
 
-    rows: int = 0  # of the input
+    rows: int = 0  # read from the input
     pairs: int = 0
     decisive: int = 0
     ties: int = 0
@@ -66,10 +66,10 @@ class Tally:
 def output_rows(
     units: Iterator[tuple[str, list[Row]]], tally: Tally, images: Path, config: PrepareConfig
 ) -> Iterator[Row]:
-    """Rows in SCHEMA's columns, from as many of `units` (source.read_units) as fill a file; `tally` counts along.
+    """The rows of one output file with SCHEMA's columns, made from `units` (source.read_units). Updates `tally`.
 
-    images: where paths start from. Raises UserError, naming the row, for a value that the format does not allow, and
-    for a bad image unless the config says skip.
+    images: the folder that paths are relative to. Raises UserError, naming the row, for a value that the format does
+    not allow, and for a bad image unless the config says skip.
     """
     begin = tally.written
     for where, rows in units:
@@ -90,7 +90,7 @@ def output_rows(
 
 
 def output_row(judgement: Judgement, tally: Tally, where: str, images: Path, config: PrepareConfig) -> Row | None:
-    """A row in SCHEMA's columns, its ranking_id the number of the pair in the input; None for one that is dropped."""
+    """A row with SCHEMA's columns, or None if it is dropped. Its ranking_id is the number of the pair in the input."""
     if not is_text(judgement.prompt):
         tally.dropped["unusable_prompt"] += 1
         return None
@@ -128,14 +128,15 @@ def output_row(judgement: Judgement, tally: Tally, where: str, images: Path, con
 
 
 def is_text(prompt: Any) -> bool:
-    """Whether a prompt is text, not blank, that UTF-8 can hold (JSON can spell half of a surrogate pair)."""
+    """Whether a prompt is text that is not blank and valid in UTF-8 (JSON can contain half of a surrogate pair)."""
     return isinstance(prompt, str) and bool(prompt.strip()) and not any("\ud800" <= c <= "\udfff" for c in prompt)
 
 
 def first_label(judgement: Judgement, min_share: float) -> float:
     """Pick-a-Pic's label_0: 1 if the first image wins, 0 if the second does, 0.5 for a tie.
 
-    The preferred image's preference, p or 1 - p, must be above one half and, of a share of judges, at least min_share.
+    The preference for the preferred image, p or 1 - p, must be above one half; a share of votes also at least
+    min_share.
     """
     p = judgement.preference
     assert p is not None
@@ -145,7 +146,7 @@ def first_label(judgement: Judgement, min_share: float) -> float:
 
 
 def image_bytes(image: Any, folder: Path) -> bytes:
-    """The encoded bytes of an image as they are. image: bytes, a path, or a dict of bytes and path. Raises BadImage."""
+    """The unchanged encoded bytes of an image. image: bytes, a path, or a dict of bytes and path. Raises BadImage."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image:
@@ -168,19 +169,19 @@ def reason_of(error: Exception) -> str:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether bytes begin as a JPEG, PNG or WEBP, the formats that the training scripts decode."""
+    """Whether bytes begin like a JPEG, PNG or WEBP file, the formats that the training scripts decode."""
     return data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
 def uid_of(data: bytes) -> str:
-    """An image's uid: 32 hexadecimal digits of the sha256 of its bytes, so that the same file is the same image."""
+    """An image's uid: 32 hexadecimal digits of the sha256 of its bytes, so that equal files are the same image."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def write_parquet(path: Path, rows: Iterator[Row]) -> None:
-    """Writes rows in SCHEMA's columns; a row group of them is in memory at a time."""
+    """Writes rows with SCHEMA's columns, with one row group at a time in memory."""
     texts = [name for name in SCHEMA.names if name not in IMAGES]
-    options = {  # images do not compress, and pages of about 1 MB can be read singly
+    options = {  # images do not compress; pages of about 1 MB can be read individually
         "compression": {name: "none" if name in IMAGES else "zstd" for name in SCHEMA.names},
         "use_dictionary": texts,
         "write_statistics": texts,

@@ -1,17 +1,17 @@
-"""Is the U-Net's eye perceptual? Distances in its features against distances of latents and pixels, without training.
+"""Are the U-Net's features perceptual? Compares distances of its features, of latents and of pixels, without training.
 
     python -m study.perception
 
 Two questions, by block of the frozen base U-Net and by timestep, on the embedded preference dataset:
 
-  closer      Of two images of a prompt, which is more like a third? The oracle (tiny/oracle.py) measures size,
-              position, colours, texture and finish of each; the share of triplets in which a distance agrees with it.
-              The images are noised alike to the timestep. 50% is chance.
-  preferred   Which image of a judged pair does the base model fit better: on which is its diffusion loss smaller, in
-              features (eq. 13 at t-1) and in latent space (eq. 3), with the same noise? The share of decisive pairs in
-              which that is the annotators' winner.
+  closer      Which of two images of a prompt is more similar to a third? The true answer is from the oracle
+              (tiny/oracle.py), which measures size, position, colours, texture and finish. The table has the share of
+              triplets in which a distance agrees with it. All images have the same noise added. 50% is chance.
+  preferred   Which image of a judged pair has the smaller diffusion loss under the base model, in features (eq. 13 at
+              t-1) and in latent space (eq. 3), with the same noise? The table has the share of decisive pairs in which
+              it is the annotators' winner.
 
-Intervals are over prompts: triplets and games of one prompt are not independent.
+Intervals are over prompts, because triplets and games of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load() -> Models:
 
 
 def read_images() -> tuple[dict[str, dict[str, bytes]], list[tuple[str, str, str]]]:
-    """(JPEG by prompt and uid, for PROMPTS prompts; decisive games (prompt, winner, loser) of these)."""
+    """(JPEGs by prompt and uid, for PROMPTS prompts; their decisive games (prompt, winner, loser))."""
     columns = ["caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"]
     images: dict[str, dict[str, bytes]] = defaultdict(dict)
     games = []
@@ -79,7 +79,7 @@ def read_images() -> tuple[dict[str, dict[str, bytes]], list[tuple[str, str, str
 
 
 def appearance(picture: np.ndarray) -> np.ndarray:
-    """What the oracle measures of an image: size, position, texture, finish, colours; (10,) float64."""
+    """The oracle's measurements of an image: size, position, texture, finish, colours; (10,) float64."""
     m = oracle.measure(picture)
     spread = [min(m["offset"], 32.0) / 8, min(m["object_std"], 0.5) / 0.08, min(m["background_std"], 0.5) / 0.06]
     return np.array([np.sqrt(m["area"]) / 0.14, *spread, *np.nan_to_num(m["colour"]) / 0.12, *m["background"] / 0.12])
@@ -99,7 +99,7 @@ def closer(distance: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Rows of the two tables, by what is compared: one entry per timestep."""
+    """The rows of the two tables, by distance or loss: one entry per timestep."""
     models = load()
     assert models.pipe is not None  # without a cache
     images, games = read_images()
@@ -113,7 +113,7 @@ def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     text = embed_prompts(models.pipe, [prompt for prompt, _ in keys])[0]
     groups = [[place[prompt, uid] for uid in by_uid] for prompt, by_uid in images.items()]
     generator = torch.Generator().manual_seed(0)
-    # Noise alike for all images of a prompt, as for winner and loser in training.
+    # The same noise for all images of a prompt, as for winner and loser in training.
     of_prompt = [k for k, by_uid in enumerate(images.values()) for _ in by_uid]
 
     near: dict[str, list[str]] = defaultdict(list)

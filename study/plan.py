@@ -1,4 +1,4 @@
-"""A plan: which arms are trained with which seeds, and what they are judged on.
+"""A plan: which arms are trained with which seeds, and on which prompts they are judged.
 
     about: what the plan is to show
     data: {rule: absolute_winners}              # keys of filter_pickapic.py, for all arms
@@ -12,7 +12,8 @@
       dpo: {config: configs/tiny_dpo.yaml, learning_rate: 1.0e-3}
       unfiltered: {config: configs/tiny_ncp_dpo.yaml, data: {rule: no_ties}}
 
-An arm is a training config, named by its last word's script, with keys changed; `steps` and `data` may differ by arm.
+An arm is a training config with changed keys. The last word of the config's name selects the training script. `steps`
+and `data` may differ by arm.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KEYS = {"about", "data", "prompts", "max_prompts", "seeds", "steps", "common", "
 
 @dataclass
 class Arm:
-    """A training config with changes. steps: of its checkpoints that are drawn; the run ends at the last."""
+    """A training config with changed keys. steps: the checkpoints that are drawn; the run ends at the last."""
 
     name: str
     config: Path
@@ -61,7 +62,7 @@ class Plan:
         return self.folder / "runs" / f"{arm.name}-{seed}"
 
     def data_folder(self, arm: Arm) -> Path:
-        """Of the filtered dataset, which arms and plans with the same filter keys share."""
+        """The folder of the filtered dataset, shared by arms and plans with the same filter keys."""
         return self.output_dir / "data" / "-".join(f"{k}={v}" for k, v in sorted(arm.data.items()))
 
 

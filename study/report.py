@@ -3,8 +3,9 @@
     python -m study.report objectives
 
 For each arm: score, gain and win-rate over the base, winner drift, seconds. For each pair of arms: the win-rate of one
-over the other (same prompt, same noise, same place in the list of seeds) at the last step, and the difference of their
-gains at equal training time. Intervals cover seeds and prompts (study/statistics.py). Plots go beside the table.
+over the other (same prompt, same noise, same position in the list of seeds) at the last step, and the difference of
+their gains at equal training time. Intervals cover seeds and prompts (study/statistics.py). Plots are written beside
+the table.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ArmResults:
 
 
 def read_results(path: Path, judge: str) -> tuple[np.ndarray, dict[str, ArmResults]]:
-    """(scores of the base (prompts,), results by arm). Raises UserError if the file is not there."""
+    """(scores of the base (prompts,), results by arm). Raises UserError if the file does not exist."""
     try:
         rows = [r for r in csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if r["judge"] == judge]
     except OSError:
@@ -100,7 +101,7 @@ def gain_at(base: np.ndarray, arm: ArmResults, seconds: float) -> np.ndarray:
 
 
 def pairs_table(base: np.ndarray, arms: dict[str, ArmResults], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """One row per pair of arms: (the one of which it is claimed that it is better, the other)."""
+    """One row per pair of arms: (the arm that is claimed to be better, the other)."""
     rows = [
         ["better?", "than", "win-rate at the last step", "equal steps", "gain at equal time, difference", "equal time"]
     ]

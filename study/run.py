@@ -1,9 +1,10 @@
-"""Carries a plan out: filters, trains, draws and scores with the project's own programs, and writes one table.
+"""Runs a plan: filters, trains, draws and scores with the project's own programs, and writes one table.
 
     python -m study.run study/plans/objectives.yaml
 
-Interrupted, the same command goes on: a run continues from its newest checkpoint, pictures and scores that are there
-stay. The table goes to study/results/PLAN.csv, one row per arm, seed and checkpoint, with the score of every prompt.
+After an interruption the same command continues: runs resume from their newest checkpoint, and existing images and
+scores are kept. The table is study/results/PLAN.csv: one row per arm, seed, checkpoint and judge, with the score of
+every prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BASE = "base"
 
 
 def program(*arguments: object, log: Path) -> None:
-    """Runs one of the project's programs, its output in a log file. Raises UserError with the last line if it fails."""
+    """Runs one of the project's programs with its output in a log file. If it fails: UserError with its last line."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
@@ -59,7 +60,7 @@ def as_arguments(keys: dict[str, Any]) -> list[str]:
 
 
 def prepare_data(plan: Plan, arm: Arm) -> Path:
-    """The arm's filtered dataset, made if it is not there."""
+    """The arm's filtered dataset, which is made if it does not exist."""
     folder = plan.data_folder(arm)
     if not (folder / "manifest.json").is_file():
         keys = {**arm.data, "output_dir": str(folder)}
@@ -69,7 +70,7 @@ def prepare_data(plan: Plan, arm: Arm) -> Path:
 
 
 def train(plan: Plan, arm: Arm, seed: int) -> None:
-    """Trains an arm with a seed, unless that is done."""
+    """Trains an arm with a seed, unless this run is finished."""
     folder = plan.run_folder(arm, seed)
     if (folder / "README.md").is_file():
         return
@@ -97,7 +98,7 @@ def model_names(plan: Plan) -> dict[str, tuple[Arm, int, int]]:
 
 
 def search_prompts(plan: Plan) -> Path:
-    """Training scenes, evenly spaced, as a prompts file. Settings are chosen on them; held-out scenes stay unseen."""
+    """A prompts file of evenly spaced training scenes, to choose settings on without using the held-out scenes."""
     scenes = world.split_scenes()[0]
     chosen = [scenes[i * len(scenes) // plan.max_prompts] for i in range(plan.max_prompts)]
     file = plan.folder / "search.txt"
@@ -140,7 +141,7 @@ def heldout_drift(folder: Path, step: int) -> float | None:
 
 
 def write_results(plan: Plan, scores: Path, folder: Path) -> Path:
-    """FOLDER/PLAN.csv: arm, seed, step, seconds, drift, judge, then one column per prompt."""
+    """Writes FOLDER/PLAN.csv: arm, seed, step, seconds, drift, judge, then one column per prompt."""
     rows = [r for r in pq.read_table(scores).to_pylist() if r["scorer"].removeprefix("oracle_") in JUDGES]
     prompts = sorted({r["prompt_number"] for r in rows})
     table = {(r["model"], r["scorer"], r["prompt_number"]): r["score"] for r in rows}
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     args = parser.parse_args()
     plan = read_plan(args.plan, args.output_dir)
-    runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]  # every arm once before any twice
+    runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]  # every arm once before any arm again
     print(
         f"{plan.about}: {len(plan.arms)} arms x {len(plan.seeds)} seeds, on {plan.max_prompts} {plan.prompts} prompts"
     )

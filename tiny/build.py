@@ -1,18 +1,18 @@
 """Builds the embedded default: a trained tiny Stable Diffusion and a preference dataset drawn from it.
 
-Nobody has to run this: its output is in the repository (`tiny/model`, `tiny/data`).
+You do not need to run this: its output is in the repository (`tiny/model`, `tiny/data`).
 
     python -m tiny.build            all four stages, in float32, into tiny/work, then tiny/model and tiny/data
-    python -m tiny.build STAGE      one of them, from what the stages before it left
+    python -m tiny.build STAGE      one of them, from the output of the stages before it
 
     vae            autoencoder, 64x64 pixels <-> 4x16x16 latents
     unet-1         text encoder and U-Net, trained together on latents: colours
     unet-2         the same, continued: shapes
     preferences    on-policy samples, judged by simulated annotators (tiny/preferences.py)
 
-Each stage is deterministic on one machine with one number of threads. The base model is meant to leave room to
-improve: a twentieth of its captions carry one wrong word, and most of its training images are small, off centre,
-textured or uneven, whatever the annotators like.
+Each stage is deterministic for a given machine and number of threads. The base model is made so that it can be
+improved: a twentieth of its captions have one wrong word, and in most of its training images the object is small, off
+centre, textured or uneven, which the annotators do not like.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def train_vae(work: Path, steps: int, batch_size: int = 32, lr: float = 2e-3) ->
 
 @torch.no_grad()
 def encode_all(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of the posterior of uint8 images (N, 3, 64, 64): each (N, 4, 16, 16) float32, unscaled."""
+    """(mean, std) of the posterior of uint8 images (N, 3, 64, 64), each (N, 4, 16, 16) float32, unscaled."""
     parts = [vae.encode(p.float() / 127.5 - 1).latent_dist for p in tqdm(pixels.split(100), desc="encode")]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
@@ -140,7 +140,7 @@ def new_unet():
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        # As in SDXL, no attention at full resolution: on a CPU it would cost more than all the rest.
+        # As in SDXL, no attention at full resolution: on a CPU it would cost more than everything else.
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 96, 128),
@@ -152,10 +152,10 @@ def new_unet():
 
 
 def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
-    """Two phases, each with its own optimizer and one-cycle schedule; the second starts from the first's average.
+    """Trains one of two phases, each with its own optimizer and one-cycle schedule. Phase 2 starts from 1's average.
 
-    1: errors of the noise weighted as errors of v, which settles early what is decided at high noise: colours.
-    2: min-SNR weights, which for Stable Diffusion's betas are uniform from t = 150 on: shapes, textures.
+    1: the noise error weighted like an error of v, which emphasises high noise, where colours are decided.
+    2: min-SNR weights, which for Stable Diffusion's betas are uniform from t = 150 on: shapes and textures.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
@@ -216,7 +216,8 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
                 vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
             )
             both.eval()
-            # Half precision halves the files. transformers, unlike diffusers, would load in it too: text stays float32.
+            # Half precision halves the files. The text encoder stays float32: transformers would load it in half
+            # precision, while diffusers converts to float32.
             pipe.to(torch.float16).text_encoder.float()
             pipe.save_pretrained(work / f"model-phase-{phase}")
             pipe.to(torch.float32)
@@ -224,13 +225,13 @@ def train_unet(work: Path, phase: int, images: int = 30_000, batch_size: int = 6
             ema.restore(both.parameters())
     if phase == 2:
         shutil.copytree(work / "model-phase-2", MODEL, dirs_exist_ok=True)
-        for config in MODEL.glob("*/config.json"):  # where the parts lay while they were made is nobody's business
+        for config in MODEL.glob("*/config.json"):  # removes the local path of the part
             lines = config.read_text().splitlines(keepends=True)
             config.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
 
 
 def scenes_and_pixels(n: int, seed: int) -> tuple[torch.Tensor, list[world.Scene]]:
-    """n rendered scenes: pixels (n, 3, 64, 64) uint8, and the scenes."""
+    """n rendered scenes: (pixels (n, 3, 64, 64) uint8, scenes)."""
     rng = np.random.default_rng(seed)
     every = world.all_scenes()
     scenes = [every[i] for i in rng.integers(len(every), size=n)]

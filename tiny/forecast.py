@@ -1,18 +1,19 @@
-"""How long the four steps of `make demo` will take on this machine: a measurement of a few seconds, scaled.
+"""Estimates the time of the four steps of `make demo` on this machine, from measurements of a few seconds.
 
     python -m tiny.forecast output/demo/forecast.txt      one line per step, as the Makefile shows it
 
 Measured on random data: loading Python's packages and the model; `ncp_dpo` on 8 pairs, with and without its backward
-pass; the U-Net and the VAE's decoder on 32 pictures; the oracle on 32 pictures. Each twice, and the second counts: the
-first also fetches memory and chooses kernels, which a whole step does once.
+pass; the U-Net and the VAE's decoder on 32 images; the oracle on 32 images. Each is run twice and the second time is
+used: the first run also allocates memory and selects kernels, which a whole step does once.
 
-    filter    a quarter of a start: it loads no PyTorch
-    train     two starts (loading; the data and the first step) + pairs trained x time of one
-              + looks at the held-out pairs x their number x time of one + validation pictures
-    draw      a start per model + pictures x (sampler steps x rows x time of a row + time of decoding)
-    judge     two starts + pictures x judges x time of the oracle
+    filter    a quarter of a start: it does not load PyTorch
+    train     two starts (loading; the data and the first step) + pairs trained x time of a pair
+              + evaluations of the held-out pairs x number of them x time of one + validation images
+    draw      a start per model + images x (sampler steps x rows x time of a row + time of decoding)
+    judge     two starts + images x judges x time of the oracle
 
-Left out, because small: reading images, writing files, intervals. For the machine as busy as it is just now.
+Small contributions are left out: reading images, writing files, intervals. The estimate assumes the machine's current
+load.
 """
 
 # ruff: noqa: E402 (the clock starts before the imports, which are measured too)
@@ -40,11 +41,11 @@ from ncp.training.pipeline import describe
 from tiny import oracle, world
 
 TRAIN, EVALUATE = "configs/tiny_ncp_dpo.yaml", "configs/eval_tiny.yaml"
-PAIRS, PICTURES = 8, 32  # of one measurement; twice as many rows of the U-Net
+PAIRS, PICTURES = 8, 32  # per measurement; the U-Net gets twice as many rows
 
 
 def second_time(work: Callable[[], Any]) -> float:
-    """Seconds of the second of two calls."""
+    """Seconds of the second of two calls of `work`."""
     work()
     began = time.perf_counter()
     work()
@@ -52,7 +53,7 @@ def second_time(work: Callable[[], Any]) -> float:
 
 
 def random_batch(m: Models, config: train_ncp_dpo.Config) -> dict[str, Any]:
-    """What the loader gives for PAIRS pairs, of noise."""
+    """A batch of PAIRS pairs as from the loader, filled with noise."""
     side, shape = config.resolution, m.description.latent_shape(config.resolution)
     return {
         "pixels": torch.randint(0, 256, (2 * PAIRS, 3, side, side), dtype=torch.uint8),
@@ -66,7 +67,8 @@ def random_batch(m: Models, config: train_ncp_dpo.Config) -> dict[str, Any]:
 
 
 def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
-    """Seconds of a `start`, a trained `pair`, one `looked` at, a U-Net's `row`, a picture `decoded`, one `judged`."""
+    """Seconds of a `start`, a training `pair`, a held-out pair `looked` at, a U-Net `row`, an image `decoded` and
+    `judged`."""
     accelerator = make_accelerator(config)
     m = load_models(config, describe(config), accelerator)
     start = time.perf_counter() - BEGAN
@@ -92,7 +94,7 @@ def measure(config: train_ncp_dpo.Config) -> dict[str, float]:
 
 
 def forecast(unit: dict[str, float], train: train_ncp_dpo.Config, evaluate: EvaluationConfig) -> dict[str, float]:
-    """Seconds by step, from the units that `measure` gives and the work that the two configs ask for."""
+    """Seconds by step, from the output of `measure` and the amount of work in the two configs."""
     pairs = train.max_train_steps * train.train_batch_size * train.gradient_accumulation_steps
     looks = train.max_train_steps // train.heldout_steps * train.heldout_pairs
     count = len(evaluate.model_names) * len(read_prompts(evaluate)[0]) * evaluate.samples_per_prompt

@@ -1,8 +1,8 @@
-"""pip install, in few lines: each download of 10 MB or more as it begins, the unpacking, and errors.
+"""Runs pip install with little output: a line for each download of 10 MB or more, for the unpacking, and for errors.
 
     .venv/bin/python tiny/install.py -r requirements-dev.txt
 
-In one process, so that a signal to it ends the installation too.
+pip runs in this process, so that a signal to the process also ends the installation.
 """
 
 import io
@@ -12,7 +12,7 @@ import sys
 
 
 class Brief(io.TextIOBase):
-    """A stream that lets through what `shown` makes of each whole line, if anything."""
+    """A stream that passes each complete line through `shown`, and prints the result unless it is empty."""
 
     def __init__(self, stream, shown):
         self.stream, self.shown, self.rest = stream, shown, ""
@@ -25,7 +25,7 @@ class Brief(io.TextIOBase):
 
 
 def progress(line: str) -> str:
-    """What a line of pip's output becomes; "" if it is left out."""
+    """The text to print for a line of pip's output; "" for none."""
     if download := re.search(r"Downloading (\S+) \(([\d.]+) ([MG])B\)", line):
         name, size, unit = download.groups()
         large = unit == "G" or float(size) >= 10

@@ -1,8 +1,8 @@
 """The exact judge of the embedded world: prompt alignment and visual appeal, from pixels alone.
 
-It measures a picture (background colour, object mask, object colour, best-fitting shape) and
-compares the measurement with the prompt. Both scores lie in [0, 1] and need no neural network, so
-an improvement of a model by this judge cannot be an artefact of a learned reward.
+It measures an image (background colour, object mask, object colour, best-fitting shape) and
+compares the measurements with the prompt. Both scores are in [0, 1] and use no neural network, so
+an improvement by this judge cannot be an artefact of a learned reward.
 
     alignment = mean(shape, colour, background), each the probability of the named word
     appeal    = mean(size, centring, clean object, clean background): the taste of the simulated
@@ -36,7 +36,7 @@ def score(images: Iterable, prompts: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def measure(x: np.ndarray) -> dict:
-    """What is in a picture (SIDE, SIDE, 3) float in [0, 1], whatever its prompt.
+    """Measures an image (SIDE, SIDE, 3) float in [0, 1], independently of its prompt.
 
     Keys: background and colour (RGB), shape_fit (IoU of each of SHAPES), area (share of the image),
     offset (pixels from the centre), object_std and background_std (luminance). Without a visible
@@ -117,7 +117,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _erode(m: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours are in the mask too: edges, blurred by any codec, do not count."""
+    """Pixels whose four neighbours are in the mask too. Edges, which every codec blurs, are left out."""
     p = np.pad(m, 1, mode="edge")
     return m & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
 

@@ -1,11 +1,11 @@
-"""How right a training step is in half precision: the scripts' own steps against the method in float64.
+"""The accuracy of a training step in half precision: compares the scripts' own steps with the method in float64.
 
     python -m tiny.precision            # tables in Markdown; on the GPU if there is one
     python -m tiny.precision --quick    # the embedded pipeline alone, fewer noise levels
 
-The float64 reading shares no code with the scripts: the posterior mean in its x0 form, features by hooks on the full
-U-Net, eq. 13 as printed, plain autograd. Both have the same weights, LoRA, images and noise. Compared are the loss PL,
-the logit of DPO, and what the optimizer gets: the gradient of the mean loss with respect to the LoRA weights.
+The float64 implementation shares no code with the scripts: the posterior mean in its x0 form, features by hooks on the
+full U-Net, eq. 13 as printed, plain autograd. Both use the same weights, LoRA, images and noise. Compared are the loss
+PL, the logit of DPO, and the input of the optimizer: the gradient of the mean loss with respect to the LoRA weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ncp.training.models import assemble, lora_config
 from tiny.preferences import DATA, MODEL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SCALE = 2.0**16  # of the mean loss, as a gradient scaler has it
+SCALE = 2.0**16  # loss scale, as from a gradient scaler
 BETA = 2500.0
 OBJECTIVES = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 KEYS = {
@@ -43,7 +43,7 @@ KEYS = {
 NAMES = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-# ---------------------------------------------------------------- what is measured on
+# ---------------------------------------------------------------- models and data
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Setting:
     unet: UNet2DConditionModel
     x0: torch.Tensor
     conditions: dict[str, Any]
-    lora_std: float  # of the LoRA's second matrix: a policy some steps away from the reference
+    lora_std: float  # of the LoRA's second matrix: as in a policy after some steps
 
     @property
     def pairs(self) -> int:
@@ -63,9 +63,9 @@ class Setting:
 
 @cache
 def setting(name: str, pairs: int = 4) -> Setting:
-    """ "embedded" (trained, real images), or random weights in the layout of "sd15" or "sdxl", narrower than they are.
+    """name: "embedded" (trained, real images), or "sd15" or "sdxl": their layout, narrower, with random weights.
 
-    Random weights say little of a trained model's curvature; they do say what its depth does to rounding.
+    Random weights show little about the curvature of a trained model, but they show how its depth affects rounding.
     """
     return {"embedded": _embedded, "sd15": _random, "sdxl": _random}[name](name, pairs)
 
@@ -128,12 +128,12 @@ def noise(s: Setting, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def lora_weights(unet: torch.nn.Module, std: float) -> list[torch.nn.Parameter]:
-    """The trainable weights in order, given the same random numbers each time, also where LoRA starts from zeros."""
+    """The trainable weights in order, set to the same random numbers each time, also where LoRA starts from zeros."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "lora" in name:
-                scale = std if "lora_B" in name else 1 / len(parameter)  # of A: peft's gaussian init, 1 / rank
+                scale = std if "lora_B" in name else 1 / len(parameter)  # for A: peft's gaussian init, 1 / rank
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return [p for p in unet.parameters() if p.requires_grad]
 
@@ -147,7 +147,8 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], tree: dict[str, Any])
 
 @dataclass
 class Outcome:
-    """Of one step, float64: PL (2B,) or (B,) of the policy; logit (B,) but for SFT; flat gradient of the mean loss."""
+    """Results of one step in float64: the policy's PL (2B,) or (B,); logit (B,), none for SFT; flat gradient of the
+    mean loss."""
 
     distance: torch.Tensor
     logit: torch.Tensor | None
@@ -157,14 +158,14 @@ class Outcome:
 def measured(
     s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, space: str = "perceptual", **keys: Any
 ) -> Outcome:
-    """The step of a training script, weights and arithmetic in `dtype`, at timesteps t (B,). keys: of its config."""
+    """Runs a training script's step with weights and arithmetic in `dtype`, at timesteps t (B,). keys: its config's."""
     script = OBJECTIVES[objective]
     settings = {"pretrained_model_name_or_path": "-", "dataset_name": "-", "output_dir": "-", "space": space}
     config = script.Config(**settings | KEYS[objective] | {"cached_latents": "-"} | keys)
     description: Any = SimpleNamespace(vae={"scaling_factor": 1.0})
     rows = 2 * s.pairs if objective != "sft" else s.pairs
 
-    class Engine:  # what `assemble` asks of accelerate, which has no float16 on a CPU
+    class Engine:  # the part of accelerate that `assemble` uses; accelerate has no float16 on a CPU
         device = DEVICE
 
         @staticmethod
@@ -191,7 +192,7 @@ def measured(
     }
     losses, metrics = getattr(script, f"ncp_{objective}")(m, m.unet, batch, config)
     scale, flat = 2 * SCALE, [torch.full((1,), torch.inf)]
-    while not all(part.isfinite().all() for part in flat):  # as a gradient scaler finds the scale that float16 can hold
+    while not all(part.isfinite().all() for part in flat):  # as a gradient scaler finds a scale without overflow
         scale /= 2
         gradients = torch.autograd.grad(losses.mean() * scale, weights, allow_unused=True, retain_graph=True)
         flat = [(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(gradients, weights, strict=True)]
@@ -202,7 +203,7 @@ def measured(
 
 @cache
 def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, Outcome]:
-    """By objective, in float64."""
+    """The float64 results by objective."""
     s, timestep = setting(name, pairs), torch.tensor(t).repeat(2)
     policy = copy.deepcopy(s.unet).double()
     reference, f = copy.deepcopy(policy), copy.deepcopy(policy)
@@ -254,18 +255,18 @@ def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, 
 
 
 def truth(s: Setting, objective: str, t: torch.Tensor, space: str = "perceptual") -> Outcome:
-    """The same step in float64, by an independent reading of the method."""
+    """The same step in float64, by an independent implementation of the method."""
     return _truths(s.name, s.pairs, tuple(t.tolist()), space)[objective]
 
 
 @dataclass
 class Comparison:
-    loss_ratio: float  # of the mean PL
-    cosine: float  # of the LoRA gradients
+    loss_ratio: float  # ratio of the mean PL
+    cosine: float  # between the LoRA gradients
     norm_ratio: float
-    logit_error: float  # root mean square, and of the logit itself
+    logit_error: float  # root mean square of the error; below, of the logit
     logit: float
-    zeros: float  # share of the gradient's elements that are 0 and should not be
+    zeros: float  # share of the gradient's elements that are wrongly 0
 
 
 def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **keys: Any) -> Comparison:

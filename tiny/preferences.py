@@ -1,7 +1,7 @@
-"""The embedded preference dataset: images that the tiny model draws, compared by simulated annotators.
+"""The embedded preference dataset: images drawn by the tiny model, compared by simulated annotators.
 
-The annotators follow Bradley-Terry with Davidson's ties on `overall` of `tiny/oracle.py`, each with a weight of their
-own between alignment and appeal. `python -m tiny.build preferences` makes it.
+The annotators follow the Bradley-Terry model with Davidson's ties, on `overall` of `tiny/oracle.py`. Each annotator has
+a different weight between alignment and appeal. `python -m tiny.build preferences` makes the dataset.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tiny import oracle, world
 HERE = Path(__file__).parent
 MODEL, DATA = HERE / "model", HERE / "data"
 SEED = 0
-KAPPA = 9.0  # logits per unit of score: how surely the better image wins
+KAPPA = 9.0  # logits per unit of score: how reliably the better image wins
 TIE_STRENGTH = 0.3
-MODELS = {"tiny-sd-guidance-2": 2.0, "tiny-sd-guidance-5": 5.0}  # Pick-a-Pic mixes models; two guidance scales do here
+MODELS = {"tiny-sd-guidance-2": 2.0, "tiny-sd-guidance-5": 5.0}  # Pick-a-Pic mixes models; here two guidance scales
 
 
 def make_preferences(train_prompts: int = 560, images_per_prompt: int = 5) -> None:
-    """Writes `tiny/data`: a train split in two shards, and a validation split of other scenes, one game per prompt."""
+    """Writes `tiny/data`: a train split in two shards, and a validation split with other scenes, one game a prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,7 +44,7 @@ def make_preferences(train_prompts: int = 560, images_per_prompt: int = 5) -> No
         shards = 2 if training else 1
         cut = [round(i * len(rows) / shards) for i in range(shards + 1)]
         for s in range(shards):
-            # One dictionary page per column stores an image once, however often it was judged.
+            # One dictionary page per column stores each image once, even if it was judged several times.
             pq.write_table(
                 table.slice(cut[s], cut[s + 1] - cut[s]),
                 DATA / f"{split}-{s:05d}-of-{shards:05d}.parquet",
@@ -61,7 +61,7 @@ def make_preferences(train_prompts: int = 560, images_per_prompt: int = 5) -> No
 
 @dataclass
 class Drawn:
-    """A sampled image: its JPEG, which model drew it, and what the oracle says of the JPEG, as people saw JPEGs."""
+    """A sampled image: its JPEG, the model that drew it, and the oracle's scores of the JPEG, as people saw JPEGs."""
 
     jpeg: bytes
     model: str
@@ -73,7 +73,7 @@ class Drawn:
 
 
 def on_policy(prompts: list[str], per_prompt: int, first_seed: int) -> dict[str, list[Drawn]]:
-    """`per_prompt` images of each prompt from the base model, the models in turn, each image from its own seed."""
+    """`per_prompt` images of each prompt, alternating between the MODELS, each image from its own seed."""
     jpegs: dict[tuple[str, int], bytes] = {}
     for m, guidance in enumerate(MODELS.values()):
         keys = [(p, k) for p in range(len(prompts)) for k in range(per_prompt) if k % len(MODELS) == m]
@@ -89,9 +89,9 @@ def on_policy(prompts: list[str], per_prompt: int, first_seed: int) -> dict[str,
 
 
 def annotate(prompt: str, images: list[Drawn], clock: Clock, rng: np.random.Generator) -> list[dict]:
-    """The games of one prompt, as Pick-a-Pic's page played them: the winner stays, the other image is replaced.
+    """The games of one prompt, as on Pick-a-Pic's page: the winner stays, and the other image is replaced.
 
-    Then about one pair in two prompts is judged again by somebody else; 1% of the rows carry no label.
+    Afterwards about one pair in two prompts is judged again by another annotator. 1% of the rows have no label.
     """
     rows: list[dict] = []
     played: list = []
@@ -133,7 +133,7 @@ def annotate(prompt: str, images: list[Drawn], clock: Clock, rng: np.random.Gene
 
 
 class Clock:
-    """Time and number of the judgements, in the order in which they were made."""
+    """Time and number of each judgement, in the order in which they are made."""
 
     def __init__(self) -> None:
         self.now, self.count = np.datetime64("2024-01-01T00:00:00", "ns"), 0

@@ -2,8 +2,8 @@
 
 A prompt fixes three attributes (shape, colour, background). Position, size, texture and the
 background's finish are free: the base model draws them at random, and the simulated annotators
-have taste in them. Everything here is NumPy; the renderer is exact and deterministic given its
-generator, and `tiny/oracle.py` inverts it.
+prefer some of them. Everything here is NumPy. The renderer is exact, and deterministic given its
+random generator; `tiny/oracle.py` measures what it has drawn.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene whose shape can be told from its background: 8 x 8 x 7 = 448, in a fixed order."""
+    """Every scene whose shape and background differ in colour: 8 x 8 x 7 = 448, in a fixed order."""
     return [
         Scene(shape, colour, background)
         for shape, colour, background in itertools.product(SHAPES, COLOURS, COLOURS)
@@ -57,7 +57,7 @@ def all_scenes() -> list[Scene]:
 
 
 def split_scenes(validation: int = 88, seed: int = 7) -> tuple[list[Scene], list[Scene]]:
-    """(train, validation) scenes, disjoint; every single attribute value occurs in both."""
+    """(train, validation) scenes, disjoint. Every value of every attribute occurs in both."""
     scenes = all_scenes()
     order = np.random.default_rng(seed).permutation(len(scenes))
     return [scenes[i] for i in order[validation:]], [scenes[i] for i in order[:validation]]
@@ -77,7 +77,7 @@ def parse(prompt: str) -> Scene:
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Membership of points in a shape of unit size; u to the right, v downwards, both about [-1, 1]."""
+    """Whether points are inside a shape of unit size; u to the right, v downwards, both about [-1, 1]."""
     r = np.hypot(u, v)
     if shape == "circle":
         return r <= 0.9
@@ -111,8 +111,8 @@ def mask(shape: str, cx: float, cy: float, radius: float, side: int = SIDE, supe
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """One image of a scene with its free attributes drawn from `rng`: (SIDE, SIDE, 3) float32 in [0, 1].
 
-    Most are small, off centre, textured or uneven, so that a model trained on them has much to learn from people
-    who like the opposite.
+    In most the object is small, off centre, textured or uneven, so that a model trained on them can learn much from
+    annotators who prefer the opposite.
     """
     radius = rng.uniform(8, 24)
     cx, cy = SIDE / 2 + rng.uniform(-1, 1, 2) * min(16.0, SIDE / 2 - radius + 2)

@@ -1,1 +1,1 @@
-"""What every program shares: keys, errors, files, locks, processes, the hub, and what a judgement says."""
+"""Code that every program shares: config keys, errors, files, locks, processes, the hub, and judgements."""

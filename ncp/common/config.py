@@ -1,8 +1,8 @@
 """One parser for YAML files and command lines.
 
 A configuration is a dataclass whose fields are made with `option`. `parse` reads `--config FILE` and
-`--any_key value`, gives both the same types and ranges, lets the command line win, and refuses what
-it does not know. A list is written as in YAML in both, `--key "[a, b]"`; a bare text is one item.
+`--any_key value`, and checks both against the same types and ranges. The command line overrides the file.
+Unknown keys are refused. Both write a list as in YAML, `--key "[a, b]"`; text without brackets is one item.
 Every mistake is a `UserError`: one line that says what is wrong, where, and what would be right.
 """
 
@@ -45,8 +45,8 @@ def option(
     """A dataclass field with its documentation and range.
 
     choices: accepted values (for a list: of its items). low, high: inclusive bounds. above: exclusive lower bound.
-    A field without a default is required. group: the heading that this key and those after it are documented under,
-    up to the next key with one.
+    A field without a default is required. group: the heading in the documentation for this key and the keys after it,
+    up to the next key that has a group.
     """
     metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above, "group": group}
     if isinstance(default, list):
@@ -112,7 +112,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config file ({getattr(error, 'strerror', None) or error})") from None
     try:
         content = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, such as 2023-02-30
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date, such as 2023-02-30
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -122,7 +122,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_yaml(config: Any, path: Path) -> None:
-    """Writes a configuration, as YAML that `parse` reads back to the same values, or a mapping."""
+    """Writes a configuration or a mapping as YAML. `parse` reads a configuration back to the same values."""
     content = config if isinstance(config, dict) else dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
@@ -133,7 +133,7 @@ def save_yaml(config: Any, path: Path) -> None:
 def grouped(cls: type) -> dict[str, list[dataclasses.Field]]:
     """The keys of a configuration by group, in the order of help, documentation and config files.
 
-    A subclass's key whose group is already there joins it. Keys before the first group have the empty name.
+    A subclass's key joins the group of the same name, if there is one. Keys before the first group are under "".
     """
     groups: dict[str, list[dataclasses.Field]] = {}
     name = ""
@@ -144,7 +144,7 @@ def grouped(cls: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def accepted(field: dataclasses.Field, hint: Any) -> str:
-    """What a key takes, in words: its type, and its range or choices. hint: the type annotation."""
+    """The values that a key accepts, in words: its type, and its range or choices. hint: the type annotation."""
     inner, optional = _unwrap(hint)
     low, high, above, choices = (field.metadata[k] for k in ("low", "high", "above", "choices"))
     text = _show(inner)
@@ -167,7 +167,7 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A key's value as it is written in YAML, without the quotes that some texts need there."""
+    """A key's value as written in YAML, but without quotes around text."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
@@ -179,12 +179,15 @@ def as_text(value: Any) -> str:
 
 # ---------------------------------------------------------------- conversion
 
-_SHORT = reprlib.Repr()  # a few bytes of YAML can stand for gigabytes
+_SHORT = reprlib.Repr()  # for messages: a few bytes of YAML (aliases) can expand to gigabytes
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
-    """`value` (from YAML or, as text, from the command line) as type `hint`, within the field's range."""
+    """`value` converted to type `hint` and checked against the field's range.
+
+    value: from YAML, or text from the command line.
+    """
     inner, optional = _unwrap(hint)
     if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "") and optional):
         if optional:
@@ -201,7 +204,7 @@ def _is_list(hint: Any) -> bool:
 
 
 def _as_in_yaml(text: str, where: str) -> Any:
-    """What `text` means after 'key: ' in a YAML file. Raises UserError if it means nothing there."""
+    """The value of `text` after 'key: ' in a YAML file. Raises UserError if it is not valid YAML."""
     try:
         content = yaml.load(f"key: {text}", _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -213,7 +216,7 @@ def _as_in_yaml(text: str, where: str) -> Any:
 
 
 def one_item_each(key: str, items: Sequence[str]) -> None:
-    """Raises UserError for an item that looks like several: a, b without the brackets of a list."""
+    """Raises UserError for an item that looks like several items: a, b without the brackets of a list."""
     for item in items:
         if "," in item:
             raise UserError(f"{key}: '{item}' is one item; several are written [{', '.join(re.split(', *', item))}]")
@@ -253,9 +256,9 @@ def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
         if isinstance(value, (bool, list, dict)):
             raise wrong()
         result = str(value)
-        if "\0" in result or any("\ud800" <= c <= "\udfff" for c in result):  # in no path, in no UTF-8
+        if "\0" in result or any("\ud800" <= c <= "\udfff" for c in result):  # not valid in a path, or in UTF-8
             raise wrong()
-        if TOKEN.search(result):  # which would end up in config.yaml and the model card
+        if TOKEN.search(result):  # a token would end up in config.yaml and the model card
             raise UserError(f"{where} holds an access token; log in with 'hf auth login' or set HF_TOKEN instead")
 
     limits = field.metadata
@@ -273,7 +276,7 @@ def _scalar(value: Any, kind: Any, field: dataclasses.Field, where: str) -> Any:
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """(the type, whether None is allowed too)."""
+    """(the type without None, whether None is allowed)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(hint) if a is not type(None)]
         return inner[0], len(inner) < len(typing.get_args(hint))
@@ -300,7 +303,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a repeated key instead of silently taking the last one."""
+    """A safe loader that refuses a repeated key. PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

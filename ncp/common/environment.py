@@ -1,4 +1,4 @@
-"""What a program ran with: versions, devices, and the commit of this project."""
+"""The environment of a program: versions, devices, and the commit of this project."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsan
 def environment() -> dict[str, Any]:
     """Versions of Python and the libraries, the GPUs of this process's machine, the project's version and commit.
 
-    null for what is not there: a library that is not installed, CUDA without a GPU, a commit outside a git checkout.
+    None for a library that is not installed, for CUDA without a GPU, and for the commit outside a git checkout.
     """
     import torch
 

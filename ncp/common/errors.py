@@ -20,7 +20,8 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # the hub's access tokens
 class UserError(Exception):
     """A mistake in the input. Its message is one line for the user.
 
-    everywhere: every process raises it, and the first one prints it; otherwise each process that raises it prints it.
+    everywhere: all processes raise it, and only the first one prints it. Otherwise each process that raises it
+    prints it.
     """
 
     def __init__(self, message: str, everywhere: bool = True):
@@ -40,10 +41,10 @@ class Stopped(Exception):
 
 
 def run_program(main: Callable[[], Any]) -> None:
-    """Calls `main`. A UserError, or what the system refuses, becomes one line on standard error and exit status 2.
+    """Calls `main`. A UserError or OSError becomes one line on standard error and exit status 2.
 
-    A Stopped becomes a line and its own status. With NCP_DEBUG=1 in the environment every error is an ordinary
-    traceback instead, and in a terminal the debugger opens where it was raised.
+    A Stopped becomes one line and its own exit status. With NCP_DEBUG=1 in the environment every error gives an
+    ordinary traceback instead, and in a terminal the debugger opens where the error was raised.
     """
     first = os.environ.get("RANK", "0") == "0"
     follow_launcher()
@@ -54,14 +55,14 @@ def run_program(main: Callable[[], Any]) -> None:
         try:
             main()
         except BaseException as error:
-            # A data loader ends its worker processes, which ignore signals, when nothing refers to it any more.
+            # The data loader's worker processes ignore signals. They end when nothing refers to the loader any more.
             traceback.clear_frames(error.__traceback__)
             raise
     except UserError as error:
         if first or not error.everywhere:  # one line, not one per process
             _say(f"error: {error}")
         sys.exit(2)
-    except OSError as error:  # of a disk or a network: a traceback would not explain it better
+    except OSError as error:  # from a disk or the network: a traceback would not explain more
         where = f": {error.filename}" if error.filename else ""
         _say(f"error: {error.strerror or error}{where} (NCP_DEBUG=1 shows where in the program)")
         sys.exit(2)
@@ -72,11 +73,11 @@ def run_program(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:  # before a run's guard handles signals, and in programs without a guard
         if first:
             _say("interrupted")
-        sys.exit(130)  # as a shell reports it
+        sys.exit(130)  # 128 + SIGINT, as shells report it
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        # At once: the usual clean-up at exit would wait for the process that is gone.
+        # Exit immediately: the usual clean-up at exit would wait for the lost process.
         _say(f"error: another process of this run has ended or does not answer ({str(error).splitlines()[0]})")
         os._exit(2)
     finally:
@@ -84,7 +85,7 @@ def run_program(main: Callable[[], Any]) -> None:
 
 
 def _debug(main: Callable[[], Any]) -> None:
-    """Calls `main`; an error keeps its frames. Ends the process with status 1 after it."""
+    """Calls `main`. After an error, which keeps its stack frames, the process ends with status 1."""
     try:
         main()
     except Exception as error:
@@ -93,15 +94,15 @@ def _debug(main: Callable[[], Any]) -> None:
             pdb.post_mortem(error.__traceback__)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at once: the frames still hold the data loader's workers, and perhaps a process group
+        os._exit(1)  # immediately: the frames still hold the data loader's workers, and perhaps a process group
 
 
 def _leave_processes() -> None:
-    """Leaves the process group, if there is one: now that DDP is gone with `main`'s frame, and Python is still whole.
+    """Leaves the process group, if there is one: after `main` has released DDP, before the interpreter shuts down.
 
-    Earlier, it would end with DDP's C++ half, which holds the interpreter lock while it waits for gloo's threads, and
-    they may wait for that lock to drop a tensor: a deadlock, one time in a few. Later, they find no interpreter and
-    abort the process.
+    Earlier, DDP's C++ part would destroy the group. It holds the interpreter lock while it waits for gloo's threads,
+    and these may need that lock to release a tensor: an occasional deadlock. Later, gloo's threads find no interpreter
+    and abort the process.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -109,12 +110,12 @@ def _leave_processes() -> None:
 
 
 def _say(line: str) -> None:
-    """Prints a line on standard error, also while a progress bar is shown. Hub tokens in it are masked."""
+    """Prints a line on standard error without breaking a progress bar. Masks hub tokens in it."""
     tqdm.write(TOKEN.sub("hf_***", " ".join(line.splitlines())), file=sys.stderr)
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether gloo or NCCL lost the connection to another process, or gave up waiting for it."""
+    """Whether gloo or NCCL lost the connection to another process, or timed out waiting for it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     signs = ("closed by peer", "reset by peer", "timed out", "timeout", "connection refused", "remote process exited")

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and digests of files."""
+"""Atomic writes (a file exists complete or not at all), and digests of files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from safetensors import SafetensorError
 from ncp.common.errors import UserError
 
 SAMPLE_BYTES = 1 << 16
-UMASK = os.umask(0o022)  # it can only be read by setting it
+UMASK = os.umask(0o022)  # the umask can only be read by setting it
 os.umask(UMASK)
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write(temporary path)` make a file, or a folder, which then takes the place of `path`.
+    """Calls `write(temporary path)`, which makes a file or a folder, and then renames it to `path`.
 
-    Whoever finds `path` finds it whole. If anything fails, what was there before stays, and nothing else is left; a
-    killed process leaves the temporary one, which the next write of `path` removes. One process at a time writes it.
+    `path` is therefore never incomplete. If anything fails, an earlier `path` stays and the temporary file is removed.
+    A killed process leaves the temporary file; the next write of `path` removes it. Only one process may write `path`
+    at a time.
     """
     temporary = temporary_for(path)
     remove(temporary)
@@ -36,13 +37,13 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def explain_write_errors(what: str, everywhere: bool = True) -> Iterator[None]:
-    """Turns what the system refuses inside the block into a UserError: `what`, such as "cannot write to X", and why.
+    """Turns a failed write inside the block into a UserError: `what`, such as "cannot write to X", and the reason.
 
     everywhere: whether every process meets it (see UserError).
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the second wraps what the system said
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error
         raise UserError(f"{what} ({getattr(error, 'strerror', None) or error})", everywhere) from None
 
 
@@ -57,25 +58,25 @@ def temporary_for(path: Path) -> Path:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Gives a finished file or folder its name, once the disk has its content."""
+    """Renames a finished file or folder to `path`, after its content has been synced to the disk."""
     is_folder = temporary.is_dir()
     for file in [*temporary.rglob("*"), temporary] if is_folder else [temporary]:
         if file.is_file():
-            os.chmod(file, 0o666 & ~UMASK)  # safetensors makes files that nobody else may read
+            os.chmod(file, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
         _wait_for_disk(file)
     if is_folder:
-        remove(path)  # a folder cannot replace another
+        remove(path)  # renaming a folder over another one fails
     os.replace(temporary, path)
     _wait_for_disk(path.parent)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is hidden and named as one that is still being written, `.NAME.tmp`."""
+    """Whether a file has the name of a temporary file, `.NAME.tmp`."""
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder with its content; nothing happens if it is not there."""
+    """Deletes a file, or a folder with its content. Does nothing if `path` does not exist."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -83,7 +84,7 @@ def remove(path: Path) -> None:
 
 
 def _wait_for_disk(path: Path) -> None:
-    """Waits until the disk has a file's content or, where folders can be opened (not on Windows), a folder's names."""
+    """fsync of a file or, where folders can be opened (not on Windows), of a folder."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -94,7 +95,7 @@ def _wait_for_disk(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file's content, read in pieces."""
+    """Hexadecimal sha256 of a file's content, read in pieces."""
     digest = hashlib.sha256()
     with open(file, "rb") as handle:
         while block := handle.read(1 << 20):
@@ -103,9 +104,9 @@ def sha256(file: Path) -> str:
 
 
 def sampled_sha256(files: Iterable[Path]) -> str:
-    """A short hash of names, sizes and up to 16 blocks of each file: tells weights apart without reading all of them.
+    """A short hash of names, sizes and up to 16 blocks of each file. It identifies weights without reading them all.
 
-    The blocks are spread evenly, the first and the last included.
+    The blocks are spread evenly and include the first and the last.
     """
     digest = hashlib.sha256()
     for path in sorted(files):

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: files of a repository, uploads, and what went wrong there in one line."""
+"""The Hugging Face hub: files of a repository, uploads, and the reason of a failure in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ncp.common.errors import UserError
 
 
 def file_of(name: str, file: str, revision: str | None) -> Path:
-    """A file of a model repository, from the local cache if the hub has no newer one. Raises UserError."""
+    """A file of a model repository, from the local cache if that is up to date. Raises UserError if it fails."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -21,28 +21,28 @@ def file_of(name: str, file: str, revision: str | None) -> Path:
 
 
 def configs_of(name: str) -> Path:
-    """A model repository's JSON and text files, that is its configs and tokenizers, as a folder. Raises UserError."""
+    """A folder with a model repository's JSON and text files (configs and tokenizers). Raises UserError if it fails."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt"]))
-    except Exception as error:  # as above, and a name that is no id
+    except Exception as error:  # as above, or the name is not a valid id
         raise UserError(f"'{name}' is no local folder, and the hub gave no configs: {reason(error)}") from None
 
 
 def files_of(name: str, revision: str | None) -> list[str] | None:
-    """The names of a model repository's files; None if the hub does not say (it may be out of reach, a copy local)."""
+    """The names of a model repository's files. None without an answer: offline, a local copy may still be usable."""
     from huggingface_hub import list_repo_files
 
     try:
         return list_repo_files(name, revision=revision)
-    except Exception:  # many kinds; whatever is wrong shows again when a file is asked for
+    except Exception:  # many kinds; the later request for a file reports the problem
         return None
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turns a failure to load a model's parts inside the block, local or from the hub, into a UserError."""
+    """Turns a failure to load a model's parts inside the block (local or from the hub) into a UserError."""
     try:
         yield
     except Exception as error:
@@ -52,12 +52,12 @@ def loading(name: str) -> Iterator[None]:
 
 
 def commit_of(file: Path, revision: str | None = None) -> str:
-    """The commit that a file in the hub's local cache belongs to (.../snapshots/COMMIT/FILE); else `revision`."""
+    """The commit of a file in the hub's local cache (.../snapshots/COMMIT/FILE); elsewhere `revision`."""
     return file.parts[file.parts.index("snapshots") + 1] if "snapshots" in file.parts else str(revision)
 
 
 def upload(folder: Path, repository: str, private: bool, patterns: list[str]) -> None:
-    """Creates the repository if there is none and uploads the folder's files. Raises UserError."""
+    """Uploads the folder's files, and creates the repository if there is none. Raises UserError if it fails."""
     from huggingface_hub import create_repo, upload_folder
 
     def attempt(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,14 +76,14 @@ def upload(folder: Path, repository: str, private: bool, patterns: list[str]) ->
 def reason(error: BaseException) -> str:
     """Why the hub's client failed, in words, on one line.
 
-    The client's own text is several lines that begin with an HTTP status; libraries on top of it wrap it once more.
+    The client's own text has several lines and begins with an HTTP status. Other libraries wrap that text again.
     """
     from huggingface_hub import errors
 
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    said = {  # the more specific first
+    said = {  # the more specific errors first
         errors.GatedRepoError: "it is gated: accept its terms on the hub and log in with 'hf auth login'",
         errors.RepositoryNotFoundError: "no such repository, or a private one: log in with 'hf auth login'",
         errors.RevisionNotFoundError: "no such revision",
@@ -105,7 +105,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error is of the network: the hub's client hands on those of the HTTP library that its version uses."""
+    """Whether it is a network error. The hub's client passes on the errors of its HTTP library, which has changed."""
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, ConnectionError) or bool(libraries & {"httpx", "httpx2", "requests"})
 

@@ -1,4 +1,4 @@
-"""Judgements, as the filter and the training scripts agree on them: what a row says, and why some say nothing."""
+"""Judgements, read the same way by the filter and the training scripts: winner, tie, or why a row is not valid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 @dataclass(frozen=True)
 class Judgements:
-    """The n rows of a table in numbers. A text is its position in `captions` or `uids`; null is ''.
+    """The n rows of a table as integer codes. A code is the text's position in `captions` or `uids`; null counts as ''.
 
     caption, uid_0, uid_1, best (n,) int32; label_0, label_1 (n,) float64, NaN for null; labeled, first_wins, tie (n,)
-    bool. faults: why a row is no valid game, (n,) bool each, in the order in which they are looked for.
+    bool. faults: the reasons why a row is not a valid game, (n,) bool each, in the order of the checks.
     """
 
     caption: np.ndarray
@@ -33,10 +33,10 @@ class Judgements:
 
 
 def read_judgements(table: pa.Table) -> Judgements:
-    """What the rows of a table in Pick-a-Pic's columns say. has_label and best_image_uid may be missing.
+    """The judgements of a table with Pick-a-Pic's columns. has_label and best_image_uid may be missing.
 
-    Without has_label a row counts as labeled if it has both labels. A best_image_uid that is empty or 'none' says
-    nothing. Raises ArrowInvalid for text that is no UTF-8.
+    Without has_label a row counts as labeled if it has both labels. A best_image_uid that is empty or 'none' is
+    ignored. Raises ArrowInvalid for text that is not UTF-8.
     """
     with ThreadPoolExecutor(1) as thread:
         of_captions = thread.submit(codes, table["caption"])
@@ -66,10 +66,10 @@ def read_judgements(table: pa.Table) -> Judgements:
 
 
 def codes(*columns: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """(codes (rows of all columns,) int32, values): text as positions in its distinct values; null is ''."""
+    """(codes (rows of all columns,) int32, values): each text as its position in the distinct values. Null is ''."""
     kind = pa.dictionary(pa.int32(), pa.string())
     chunks = [pa.array([""]).dictionary_encode(), *(c.cast(kind) for column in columns for c in column.chunks)]
-    chunks = pa.chunked_array(chunks, kind).unify_dictionaries().chunks  # '' is code 0 now
+    chunks = pa.chunked_array(chunks, kind).unify_dictionaries().chunks  # '' has code 0
     return np.concatenate([c.indices.fill_null(0).to_numpy() for c in chunks])[1:], chunks[0].dictionary
 
 

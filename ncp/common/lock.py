@@ -1,9 +1,9 @@
 """One writer at a time for an output folder.
 
-The lock is the system's, on a byte range of a file in the folder: it goes with the process that holds it, however that
-ends, and its workers do not inherit it. (Nor may the process open the file for anything else: closing it would end the
-lock, as POSIX has it.) The file names the holder, and is removed with the lock; one that a killed process has left
-means nothing.
+The operating system holds the lock, on a byte range of a file in the folder. It ends when the process that holds it
+ends, for any reason, and worker processes do not inherit it. The process must not open the file a second time: under
+POSIX, closing it would release the lock. The file names the holder, and is removed with the lock. A file that a killed
+process has left has no effect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ except ImportError:  # Windows
     import msvcrt
 
 NAME = ".writer.lock"
-# Bytes that stand for the whole folder. They begin at SPAN: nobody can read a locked byte on Windows.
+# Number of bytes that represent the whole folder. They begin at offset SPAN, behind the text: on Windows a locked byte
+# cannot be read.
 SPAN = 1 << 30
 
 
@@ -41,18 +42,18 @@ class _Lock:
     start: int
     length: int
     process: int
-    made: list[Path]  # folders that were not there before, outermost first
+    made: list[Path]  # folders that this process created, outermost first
 
 
 _held: dict[Path, _Lock] = {}
 
 
 def hold(folder: Path, part: str = "1/1") -> None:
-    """Makes this process the folder's writer until it ends, or until `release`. Makes the folder if it is not there.
+    """Makes this process the folder's writer until it ends, or until `release`. Creates the folder if necessary.
 
-    part: "i/n" for the i-th of n writers that share the folder. Parts that do not overlap may be held at once.
-    Raises UserError, naming the process, if another holds it; and if the folder cannot be written. Where the file
-    system has no locks, a line says so. A folder that this process holds already stays held.
+    part: "i/n" for the i-th of n writers that share the folder. Parts that do not overlap may be held at the same time.
+    Raises UserError if another process (named in the message) holds the folder, or if the folder cannot be written.
+    Prints a warning if the file system has no locks. A second call for the same folder does nothing.
     """
     path = folder.absolute() / NAME
     if path in _held and _is(path, _held[path].file):
@@ -90,17 +91,17 @@ def hold(folder: Path, part: str = "1/1") -> None:
 
 
 def release() -> None:
-    """Gives up every lock of this process, and removes what it alone has made: the lock's file, empty folders."""
+    """Releases every lock of this process. Removes the lock files and the empty folders that it created."""
     for path, lock in list(_held.items()):
         del _held[path]
-        if lock.process != os.getpid():  # a fork's copy
+        if lock.process != os.getpid():  # a copy in a forked process
             continue
         with suppress(OSError):
             _unlock(lock.file, lock.start, lock.length)
         with suppress(OSError):
             if _lock(lock.file, SPAN, SPAN) is not False and _is(path, lock.file):  # no other part is held
                 if fcntl is None:
-                    os.close(lock.file)  # an open file cannot be removed there
+                    os.close(lock.file)  # Windows cannot remove an open file
                 path.unlink()
                 for folder in reversed(lock.made):
                     folder.rmdir()
@@ -115,8 +116,8 @@ atexit.register(release)
 def one_writer(folder: Path, part: str = "1/1", processes: Any = None) -> Iterator[None]:
     """Holds the folder inside the block.
 
-    processes: the Accelerator (or its state) of several processes that write to it together: the main one holds it for
-    all, and all raise what it meets.
+    processes: the Accelerator (or its state) of several processes that write to the folder together. The main process
+    holds the lock for all, and all raise its error.
     """
     refusal = None
     if processes is None or processes.is_main_process:
@@ -137,22 +138,22 @@ def one_writer(folder: Path, part: str = "1/1", processes: Any = None) -> Iterat
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but, perhaps, a lock and what killed processes left under temporary names."""
+    """Whether a folder holds nothing, lock files and temporary files of killed processes aside."""
     return all(p.name == NAME or is_temporary(p) for p in folder.iterdir())
 
 
 def _holder(path: Path, start: int, length: int) -> str:
-    """Who holds a part that overlaps, in words; empty if the file does not say."""
+    """The holder of a part that overlaps, in words; empty if the file does not name it."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         notes = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        # The last of them: no one notes a part before it holds it.
+        # The last line counts: a process writes its line only after it holds the part.
         note = [x for x in notes if x["start"] < start + length and start < x["start"] + x["length"]][-1]
         return f" (process {note['process']} on {note['host']}, since {note['since']})"
     return ""
 
 
 def _is(path: Path, file: int) -> bool:
-    """Whether the path still leads to the open file."""
+    """Whether the path still refers to the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except OSError:

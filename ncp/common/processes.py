@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, and whether accelerate sees the launcher's processes.
+"""Processes that end with their parent, and a check that accelerate sees the launcher's processes.
 
 `end_with_parent` is for workers, `follow_launcher` for the ranks of a run, `tied` for any command that is started from
-Python. Nothing else of this project is imported here: this file is also what a tied command is started through.
+Python. This file imports nothing else of this project, because it also runs as a script, to start a tied command.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ import threading
 import time
 from collections.abc import Sequence
 
-KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has only the second, which kills there
-LOOK = 1.0  # seconds between looks whether the parent is there
-GRACE = 30.0  # seconds from SIGTERM to the end in any case, as torchrun has it
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has only SIGTERM, which kills the process
+LOOK = 1.0  # seconds between checks that the parent is alive
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL, as in torchrun
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Has this process killed when its parent ends, however that ends. For workers, whose work nobody waits for then.
+    """Arranges that this process is killed when its parent ends, for any reason. For worker processes.
 
-    parent: the process id that the parent is known to have; default: whose child this is now.
+    parent: the expected process id of the parent; default: the current parent.
     """
     if parent is None:
         parent = os.getppid()
     if sys.platform == "linux":
-        # Arrives even while a library computes and holds the interpreter.
+        # The kernel's signal also works while a library computes and holds the interpreter lock.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(KILL), 0, 0, 0)
     else:
         _watch(parent, grace=0)
-    if os.getppid() != parent:  # it ended before this could be arranged
+    if os.getppid() != parent:  # the parent ended before this was arranged
         os._exit(1)
 
 
 def follow_launcher() -> None:
-    """Under torchrun or accelerate launch: if the launcher ends before this process, SIGTERM, and after GRACE the end.
+    """Under torchrun or accelerate launch: sends SIGTERM, and SIGKILL after GRACE, if the launcher ends first.
 
-    Without a launcher nothing: a script that was started from a shell (`&`, nohup, setsid) outlives it.
+    Does nothing without a launcher: a script started from a shell (`&`, nohup, setsid) outlives that shell.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         _watch(os.getppid(), grace=GRACE)
 
 
 def _watch(parent: int, grace: float) -> None:
-    """Checks from a thread. (The kernel's signal would also be sent if only the launcher's starting thread ended.)"""
+    """Checks in a thread. The kernel's signal would not do: it also comes if only the parent's starting thread ends."""
 
     def look() -> None:
         while os.getppid() == parent:
@@ -60,13 +60,13 @@ def _watch(parent: int, grace: float) -> None:
 
 
 def tied(command: Sequence[object]) -> list[str]:
-    """The command for subprocess, so that it ends (SIGKILL) when this process does. On Linux only; else as it is."""
+    """The command for subprocess, changed so that it is killed when this process ends. Unchanged except on Linux."""
     words = [str(word) for word in command]
     return [sys.executable, "-I", __file__, str(os.getpid()), *words] if sys.platform == "linux" else words
 
 
 def launcher_mismatch(num_processes: int) -> str | None:
-    """Why accelerate sees another number of processes than the launcher started, in one line; None if it does not."""
+    """One line on why accelerate sees another number of processes than the launcher started; None if they agree."""
     launched = os.environ.get("WORLD_SIZE", "")
     if launched.isdecimal() and int(launched) != num_processes:
         what = "set ACCELERATE_USE_CPU=true, which joins processes that have no GPU"

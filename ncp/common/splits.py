@@ -1,4 +1,4 @@
-"""Which parquet files make up a split of a dataset, as the filter and the training scripts agree on it."""
+"""Which parquet files make up a split of a dataset: the same rule for the filter and the training scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ncp.common.errors import UserError
 
-# Words that name a split, as the datasets library has them.
+# Words that name a split, as in the datasets library.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -18,10 +18,10 @@ NUMBER = re.compile(r"\d*|of")  # 00000_of_00002
 
 
 def splits_of(name: str, split: str) -> set[str]:
-    """The splits that a file's path (with /) names, `split` among them if that stands in it as a word.
+    """The splits that a file's path (with /) names, including `split` if the path contains it as a word.
 
-    Words end where letters and digits do; case and a number behind them say nothing. `data/pickapic-train-0.parquet`
-    names train, `0000.validation_unique.parquet` a split of its own, validation_unique.
+    Words consist of letters and digits. Case, and a number at the end, are ignored. `data/pickapic-train-0.parquet`
+    names train; `0000.validation_unique.parquet` names a different split, validation_unique.
     """
     rest, asked = re.subn(rf"(?<!\w){re.escape(split)}(?!\w)", " ", name.lower().removesuffix(".parquet"))
     found = [split] if asked else []
@@ -38,10 +38,11 @@ def splits_of(name: str, split: str) -> set[str]:
 
 
 def files_of_split(names: Iterable[str], split: str, dataset_name: str) -> list[str]:
-    """The names (relative, with /) of the split's files, sorted: those named for it, or all if none is for any split.
+    """The names (relative, with /) of the split's files, sorted. If no name contains a split, all are train.
 
-    A name of no split is left out beside a folder of named ones, but unclear inside it, and so is a name of this and of
-    another split. Raises UserError, with what was found, if anything is unclear or no file is left.
+    A file without a split in its name is left out, unless its folder has files that name a split: then it is unclear.
+    A file that names this and another split is unclear too. Raises UserError, with the files found, if anything is
+    unclear or no file is left.
     """
     wanted = SPLITS.get(split.lower(), split.lower())
     visible = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
@@ -70,9 +71,9 @@ def files_of_split(names: Iterable[str], split: str, dataset_name: str) -> list[
 
 
 def local_files(dataset_name: str, split: str) -> dict[str, Path] | None:
-    """Name to path of the split's parquet files in a folder, or of the one file; None if it looks like a hub id.
+    """Name to path of the split's parquet files in a folder, or of the one file. None if it looks like a hub id.
 
-    Raises UserError for a path that is not there, or holds none.
+    Raises UserError for a path that does not exist, or a folder without such files.
     """
     path = Path(dataset_name)
     if path.is_file():

@@ -1,1 +1,1 @@
-"""What the training scripts share around the method: settings, data, models, checkpoints, and the run itself."""
+"""Code that the training scripts share: settings, data, models, checkpoints, and the run itself."""

@@ -1,15 +1,15 @@
-"""The cache of training inputs: VAE moments of images and embeddings of prompts, each once, memory-mapped.
+"""The cache of training inputs: VAE moments of images and embeddings of prompts, each stored once, memory-mapped.
 
-`cache_latents.py` writes it, `ncp.training.samples` reads it. A folder of
+`cache_latents.py` writes it, `ncp.training.samples` reads it. It is a folder of
 
-    images.parquet, prompts.parquet   what is in it (columns `uid`, `prompt`), in order: entry k is row k % n of shard
+    images.parquet, prompts.parquet   the entries (columns `uid`, `prompt`), in order: entry k is row k % n of shard
                                       k // n of its kind; the first prompt is the empty one
-    images-00000.safetensors          moments float16 (n, F, 2C, h, w), mean and log-variance, F = 2 with the mirrored
+    images-00000.safetensors          moments float16 (n, F, 2C, h, w), mean and log-variance; F = 2 with the mirrored
                                       image second; time_ids int32 (n, 6), all 0 for an image that is unreadable
     prompts-00000.safetensors         text float16 (n, S, D) and, for SDXL, pooled float16 (n, P)
-    manifest.json                     what all this is a function of; once it is finished, also each file's size
+    manifest.json                     what the content depends on; in a finished cache also each file's size
 
-An image is known by its uid. One cache serves any selection of its dataset: another filter rule, or other pairs.
+Images are identified by uid. One cache serves any selection of its dataset: another filter rule, or other pairs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INDEX_COLUMNS = {"images": "uid", "prompts": "prompt"}
 
 
 def fingerprint(config: TrainingConfig, description: Description) -> dict[str, Any]:
-    """What the content of a cache depends on, beside the dataset. Reads no whole weight file."""
+    """What the content of a cache depends on, besides the dataset. Weight files are sampled, not read whole."""
     name, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
     given = config.single_file_config
     texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")[: 4 if description.is_xl else 2]
@@ -64,9 +64,9 @@ def sizes(config: TrainingConfig, description: Description) -> dict[str, int]:
 
 
 def contents(pairs: Pairs) -> tuple[dict[str, pa.Array], np.ndarray]:
-    """({"images": distinct uids, "prompts": distinct prompts}, row and side (images, 2) where each image is first).
+    """({"images": distinct uids, "prompts": distinct prompts}, (images, 2): row and side of each image's first use).
 
-    In the order in which the rows name them, the empty prompt first.
+    Both in the order of the rows, with the empty prompt first.
     """
     table = pairs.columns(["caption", "image_0_uid", "image_1_uid"])
     uids = np.empty((len(table), 2), dtype=object)
@@ -82,7 +82,7 @@ def contents(pairs: Pairs) -> tuple[dict[str, pa.Array], np.ndarray]:
 
 @dataclass
 class Cache:
-    """An opened cache and where this run's pairs are in it: image_at (P, 2) winner first, prompt_at (P,)."""
+    """An open cache, and the entries of this run's pairs: image_at (P, 2) winner first, prompt_at (P,)."""
 
     folder: Path
     per_shard: dict[str, int]
@@ -93,7 +93,7 @@ class Cache:
     def pair(self, index: int, flip: bool, empty_prompt: bool, images: int) -> dict[str, torch.Tensor]:
         """moments float16 (images, 2C, h, w), time_ids int64 (images, 6), text float16 (S, D); SDXL: pooled (P,).
 
-        Raises CorruptImage for an image that could not be read when the cache was made.
+        Raises CorruptImage for an image that was unreadable when the cache was made.
         """
         moments, time_ids = [], []
         for position in self.image_at[index, :images].tolist():
@@ -114,13 +114,13 @@ class Cache:
         return self._shards[path], row
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a loader's worker opens its own
+        return {**self.__dict__, "_shards": {}}  # each data loader worker opens its own
 
 
 def open_cache(config: TrainingConfig, description: Description, pairs: Pairs) -> Cache | None:
-    """The cache of `cached_latents`, or None without one.
+    """The cache in the folder `cached_latents`; None if that is not set.
 
-    Raises UserError if it is unfinished, damaged, made otherwise than this config says, or lacks a pair.
+    Raises UserError if it is unfinished, damaged, made with other settings than this config's, or lacks a pair.
     """
     if config.cached_latents is None:
         return None
@@ -158,13 +158,16 @@ def open_cache(config: TrainingConfig, description: Description, pairs: Pairs) -
 
 
 def differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What a cache made so lacks for this run, in words; empty if it fits. Both flips also serve a run without."""
+    """How the fingerprint `made` differs from `wanted`, in words; empty if the cache fits this run.
+
+    A cache with mirrored images also fits a run without random_flip.
+    """
     differ = [k for k in wanted if made.get(k) != wanted[k] and (k, made.get(k)) != ("random_flip", True)]
     return ", ".join(f"{k} {made.get(k)} (this run: {wanted[k]})" for k in differ)
 
 
 def read_cache_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a cache. Raises UserError if it is none."""
+    """manifest.json of a cache. Raises UserError if it is not a cache's manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if {"fingerprint", "entries", "per_shard"} <= manifest.keys():

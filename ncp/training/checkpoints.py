@@ -1,12 +1,12 @@
-"""Checkpoints: whole or not there, and refused when damaged.
+"""Checkpoints: written atomically, and refused when damaged.
 
 A checkpoint is a folder `checkpoint-STEP` of
 
     pytorch_lora_weights.safetensors   the training weights, in diffusers' format
     optimizer.pt                       state of the optimizer, the gradient scaler and the average; tensors and numbers
     config.yaml                        the run's configuration
-    manifest.json                      step, time, figures since the last log entry, what an exported LoRA says of the
-                                       run (`facts`), what its result depends on beside its config (`inputs`), and
+    manifest.json                      step, time, metrics since the last log entry, metadata of an exported LoRA
+                                       (`facts`), what the result depends on besides the config (`inputs`), and
                                        each file's size and sha256
 """
 
@@ -38,7 +38,7 @@ from ncp.training.weights import load_lora, save_lora
 
 @dataclass
 class State:
-    """What training changes, and a checkpoint therefore holds."""
+    """What training changes, and a checkpoint therefore stores."""
 
     models: Models
     optimizer: Any
@@ -46,11 +46,11 @@ class State:
     average: EMAModel | None
 
     def save(self, config: TrainingConfig, step: int, content: dict[str, Any], prune: bool = True) -> None:
-        """Writes `checkpoint-STEP` into the output folder, whole or not at all; all processes call it.
+        """Writes `checkpoint-STEP` into the output folder, atomically. All processes must call it.
 
-        content: what the manifest says beside step and files. prune: then removes checkpoints beyond
-        `checkpoints_total_limit`. Raises, on all processes, UserError if it cannot be written and Stopped if the
-        weights are not finite.
+        content: the manifest's entries besides step and files. prune: whether to remove the oldest checkpoints beyond
+        `checkpoints_total_limit` afterwards. Raises, on all processes, UserError if it cannot be written and Stopped
+        if the weights are not finite.
         """
         folder = Path(config.output_dir)
         if not all(p.isfinite().all() for p in self.models.lora_parameters):  # the same on all processes
@@ -74,7 +74,7 @@ class State:
             raise failure or UserError("the main process could not write a checkpoint")
 
     def _write(self, folder: Path, config: TrainingConfig, step: int, content: dict[str, Any]) -> None:
-        folder.mkdir()  # without its parents: an output folder that was removed meanwhile is not made again
+        folder.mkdir()  # without parents: an output folder that was removed during the run is not created again
         save_lora(self.models, folder)
         save_yaml(config, folder / "config.yaml")
         scaler = self.accelerator.scaler
@@ -83,14 +83,14 @@ class State:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema": self.average.state_dict() if self.average is not None else None,
         }
-        torch.save(state, buffer := io.BytesIO())  # torch's own writer does not report the system's error
+        torch.save(state, buffer := io.BytesIO())  # torch.save to a file does not report the system's error
         (folder / "optimizer.pt").write_bytes(buffer.getbuffer())
         files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
         manifest = {"step": step, "version": ncp.__version__, **content, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def load(self, checkpoint: Path) -> None:
-        """Restores what `save` wrote, to the bit. No pickle is run. Raises UserError if it does not fit."""
+        """Restores exactly what `save` wrote. Runs no pickled code. Raises UserError if it does not fit this run."""
         load_lora(self.models, checkpoint)
         try:
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -106,7 +106,7 @@ class State:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if its files are as they were written."""
+    """What is wrong with a checkpoint folder, or None if its files are unchanged since they were written."""
     if not checkpoint.is_dir():
         return "no such checkpoint folder"
     try:
@@ -135,17 +135,17 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def last_good(folder: Path) -> str:
-    """Which checkpoint a run that fails leaves, in words."""
+    """The newest valid checkpoint of a run that fails, in words."""
     checkpoint, _ = newest(folder)
     return f"last good checkpoint: {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns a write that fails inside the block into a UserError that names the last good checkpoint of the folder."""
+    """Turns a failed write inside the block into a UserError that names the newest valid checkpoint of the folder."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the second wraps what the system said
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write to {folder} ({reason}); {last_good(folder)}", everywhere=False) from None
 

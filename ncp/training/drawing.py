@@ -1,4 +1,4 @@
-"""Pictures by a model, and grids of them."""
+"""Images drawn by a model, and grids of them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def draw(
     batch_size: int = 8,
     between: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture per prompt with DDIM, each from its own seed: the same whatever is drawn beside it.
+    """One image per prompt with DDIM, each from its own seed, so that it does not depend on the other prompts.
 
-    pipe: what `load_pipe` gives; unet: the policy or the reference. between: called between sampler steps; it may
-    raise, to end the drawing.
+    pipe: from `load_pipe`. unet: the policy or the reference. between: called between sampler steps; it may raise an
+    exception to stop the drawing.
     """
 
     def after_step(pipe: Any, step: int, timestep: int, outputs: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def draw(
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (N, C, h, w), in the VAE's dtype and in passes of bounded size."""
+    """Images from scaled latents (N, C, h, w), decoded in the VAE's dtype and in passes of bounded size."""
     z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     side = max(z.shape[-2:]) * 2 ** (len(vae.config.block_out_channels) - 1)
     pictures = []
@@ -79,7 +79,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Imag
 
 
 def grid(rows: dict[str, list[Image.Image]], prompts: list[str], cell: int = 160) -> Image.Image:
-    """Labelled rows of pictures, one column per prompt, the prompt wrapped above its column."""
+    """Labelled rows of images, one column per prompt, with the prompt above its column."""
     side = max(cell, max(i.width for images in rows.values() for i in images))
     left, top, line = 90, 6, 13
     texts = [_wrap(p, side // 6) for p in prompts]

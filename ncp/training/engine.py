@@ -1,4 +1,4 @@
-"""accelerate's engine and the optimizer, as a config asks for them."""
+"""The Accelerator and the optimizer for a config."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ncp.training.settings import TrainingConfig
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """accelerate's engine for this config.
+    """The Accelerator for this config.
 
-    Raises UserError for an engine, a precision or a tracker that is not supported here, and if accelerate does not see
-    the processes that the launcher started.
+    Raises UserError for a distributed backend, a precision or a tracker that is not supported here, and if accelerate
+    does not see the processes that the launcher started.
     """
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true":
-            # Policy, reference and encoder share the weights of one frozen U-Net; sharding would separate them.
+            # Policy, reference and encoder share the weights of one frozen U-Net. Sharding would end this sharing.
             raise UserError(
                 f"accelerate is configured for {engine}, which is not supported; use DDP (docs/robustness.md)"
             )
@@ -46,7 +46,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout)),
-                # The usual first scale of float16, for a loss that accelerate divides by the accumulation steps.
+                # The usual initial loss scale of float16. accelerate divides the loss by the accumulation steps.
                 GradScalerKwargs(init_scale=2.0**16 * config.gradient_accumulation_steps),
             ],
         )
@@ -62,7 +62,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def effective_batch(config: TrainingConfig, num_processes: int) -> int:
-    """Pairs per optimizer step over all processes. Raises UserError if `effective_batch_size` asks for another."""
+    """Pairs per optimizer step over all processes. Raises UserError if `effective_batch_size` is another number."""
     product = config.train_batch_size * config.gradient_accumulation_steps * num_processes
     if config.effective_batch_size not in (None, product):
         accumulation, rest = divmod(config.effective_batch_size, config.train_batch_size * num_processes)
@@ -76,7 +76,7 @@ def effective_batch(config: TrainingConfig, num_processes: int) -> int:
 
 
 def make_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, its state in 8 bits if configured."""
+    """AdamW, with 8-bit state if configured."""
     if config.use_8bit_adam:
         import bitsandbytes
 
@@ -93,9 +93,9 @@ def make_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter])
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:
-    """Learning rate of step 1, 2, ...: linear warm-up, then constant; scaled by the effective batch if asked.
+    """Learning rate of step 1, 2, ...: linear warm-up, then constant. Scaled by the effective batch if configured.
 
-    A function of the step alone: a scheduler object would have a state to save, and steps once per process.
+    A function of the step alone. A scheduler object would have state to save, and would step once per process.
     """
     base = config.learning_rate * (effective if config.scale_lr else 1)
     return base * min(1.0, step / max(1, config.lr_warmup_steps))

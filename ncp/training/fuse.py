@@ -1,4 +1,4 @@
-"""A LoRA put into the weights of its base model: a pipeline that needs no LoRA."""
+"""Fuses a LoRA into the weights of its base model, which gives a pipeline without a LoRA."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STATED = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}  # and 
 
 
 def check_base(base: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """The class of the base pipeline, from its JSON; no weight is loaded. state: the LoRA under peft's names.
-    base: the keys of a training config that say what the base model is.
+    """The class of the base pipeline, from its JSON files; no weights are loaded.
 
-    Raises UserError if it is neither Stable Diffusion nor SDXL, or if its U-Net lacks a layer of the LoRA, or has it in
+    base: the keys of a training config that describe the base model. state: the LoRA under peft's names. Raises
+    UserError if the base is neither Stable Diffusion nor SDXL, or if its U-Net lacks a layer of the LoRA or has it in
     another size.
     """
     name, given = base.pretrained_model_name_or_path, base.single_file_config
@@ -62,8 +62,8 @@ def fuse(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], alpha: float)
 def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> Any:
     """The base pipeline with the LoRA in its U-Net, on the CPU, in `dtype`. The sum is taken in float32.
 
-    Its scheduler is the base's own, or DDIM where training saw the base otherwise than its files say. Safety checker
-    and feature extractor are left out. Raises UserError if the base cannot be loaded.
+    The scheduler is the base's own, or DDIM if training used another noise schedule or prediction type than the base's
+    files state. Safety checker and feature extractor are left out. Raises UserError if the base cannot be loaded.
     """
     kind, name = check_base(base, state), base.pretrained_model_name_or_path
     diffusers.utils.logging.disable_progress_bar()
@@ -89,5 +89,5 @@ def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, d
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
-    """Writes a pipeline's folder; its weights are safetensors."""
+    """Writes a pipeline folder, with weights in safetensors files."""
     pipe.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""What stops a run or skips a step: signals, the time limit, losses that are not finite, winners that get worse.
+"""What stops a run or skips a step: signals, the time limit, losses that are not finite, winner drift.
 
-All processes decide together, once per step. Exit statuses: `INTERRUPTED` for a run that the same command continues,
-`DIVERGED` for one that would only diverge again.
+All processes decide together, once per step. Exit statuses: `INTERRUPTED` if the same command can continue the run,
+`DIVERGED` if it would only diverge again.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from ncp.training.settings import TrainingConfig
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n))  # Windows: no USR1
 STARTED = time.monotonic()
-MOST_SATURATED = 0.75  # of the first step's pairs
-ONE_KEYSTROKE = 2.0  # seconds: a terminal and a launcher may both pass on the same Ctrl-C
+MOST_SATURATED = 0.75  # share of the first step's pairs
+ONE_KEYSTROKE = 2.0  # seconds: the terminal and the launcher may both send the signal of one Ctrl-C
 
-# A script's own step: (models, policy, batch, config) -> (losses (B,), metrics).
+# The objective of a script: (models, policy, batch, config) -> (losses (B,), metrics).
 Objective = Callable[[Models, torch.nn.Module, dict[str, Any], Any], tuple[torch.Tensor, Metrics]]
 
 
 class Abandoned(Exception):
-    """Work of one process that is not finished, because a signal or the time limit ends the run."""
+    """Work of one process was left unfinished, because a signal or the time limit ends the run."""
 
 
 class Guard:
-    """Watches a run. `stopped` is None, or why it ends after this step.
+    """Watches a run. `stopped` is None, or the reason why the run ends after this step.
 
-    saved: the manifest of the checkpoint that the run goes on from, or empty.
-    owes_look: the run before this one, or this one, was stopped in the middle of a look at the held-out pairs.
+    saved: the manifest of the checkpoint that the run resumes from, or empty.
+    owes_look: an evaluation of the held-out pairs was interrupted, in this run or in the one that it resumes.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, pairs: Pairs, saved: dict[str, Any]):
@@ -67,16 +67,17 @@ class Guard:
             signal.raise_signal(number)
 
     def add(self, batch: dict[str, Any], losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        """Notes a micro-batch: which pairs, their losses (B,), and which of them are `saturated` (B,)."""
+        """Records a micro-batch: its pairs, their losses (B,), and which of them are `saturated` (B,)."""
         self._losses.append(losses.detach())
         self._saturated.append(metrics.get("saturated", torch.zeros_like(losses)))
         self._indices += batch["pair"]
 
     def check_step(self, step: int, grad_norm: torch.Tensor) -> bool:
-        """Whether the losses of this step and its gradient are finite on all processes, so that it may be taken.
+        """Whether this step may be taken: its losses and its gradient are finite on all processes.
 
-        If not, the step is reported and counted; after `max_skipped_steps` of them in a row the run is stopped. In the
-        same small reduction all agree whether a signal or the time limit ends the run after this step.
+        If not, the step is reported and counted. After `max_skipped_steps` such steps in a row the run is stopped. The
+        same small reduction also decides, for all processes, whether a signal or the time limit ends the run after
+        this step.
         """
         losses, indices, self._stepped = torch.cat(self._losses), self._indices, True
         saturated = torch.cat(self._saturated).mean() > MOST_SATURATED
@@ -94,9 +95,9 @@ class Guard:
             return True
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler.update()  # it lowers its scale, as it would after a step
+            scaler.update()  # lowers the loss scale, as after a step
             if not bad_loss and scaler.get_scale() >= 1:
-                return False  # the gradient scaler tries scales until one does not overflow
+                return False  # the gradient scaler lowers its scale until nothing overflows
         self._in_a_row += 1
         self._report(step, losses, indices, grad_norm)
         if self._in_a_row >= self.config.max_skipped_steps:
@@ -104,9 +105,9 @@ class Guard:
         return False
 
     def _agree(self, step: int, *flags: torch.Tensor | bool) -> list[bool]:
-        """Whether each flag is set on any process. All must call it, and learn whether the run ends after this step."""
+        """Whether each flag is set on any process; also decides whether the run ends after this step. All call it."""
         device, limit = self.accelerator.device, self.config.max_train_hours
-        # Not before the first step: each start of a run makes at least one.
+        # Never before the first step: each start of a run takes at least one.
         late = limit is not None and self._stepped and time.monotonic() - STARTED >= limit * 3600
         own = torch.stack([torch.as_tensor(f, device=device).float() for f in (*flags, late, self._signal)])
         *found, late, number = self.accelerator.gather(own).view(-1, len(own)).amax(0).tolist()
@@ -119,10 +120,10 @@ class Guard:
         return [bool(f) for f in found]
 
     def together(self, step: int, work: Iterator[Any]) -> bool:
-        """Does this process's share of some work, piece by piece; False if a signal or the time limit ends it.
+        """Does this process's share of some work, piece by piece. False if a signal or the time limit ends it.
 
-        Before each piece all processes agree whether to go on, so that a signal to one of them stops all. A piece
-        should take seconds. A share may be empty. step: the last one that is finished.
+        Before each piece all processes decide together whether to continue, so that a signal to one of them stops all.
+        A piece should take seconds. A share may be empty. step: the last finished step.
         """
         more, end = True, object()
         while self.stopped is None:
@@ -134,7 +135,7 @@ class Guard:
         return False
 
     def between(self, step: int) -> None:
-        """For a process that works alone, between pieces of its work, while the others wait in `together`.
+        """Called by a process that works alone, between pieces of its work, while the others wait in `together`.
 
         Raises Abandoned if a signal or the time limit ends the run.
         """
@@ -143,7 +144,7 @@ class Guard:
             raise Abandoned
 
     def _report(self, step: int, losses: torch.Tensor, indices: list[int], grad_norm: torch.Tensor) -> None:
-        """Names the pairs whose loss is not finite (all, if only the gradient is not) on the screen and in a file."""
+        """Reports the pairs whose loss is not finite (all, if only the gradient is not), on screen and in a file."""
         found = gather_object(list(zip(indices, losses.tolist(), strict=True)))
         if not self.accelerator.is_main_process:
             return
@@ -157,9 +158,9 @@ class Guard:
         self._say(f"step {step} skipped: gradient norm {float(grad_norm):g}; suspects: {first}{rest}; all in {file}")
 
     def watch(self, step: int, heldout: HeldOut | None) -> dict[str, float]:
-        """Figures of the held-out pairs if a look is due, else {}. Warns, or ends the run, if their winners drift.
+        """Metrics of the held-out pairs if due, else {}. Warns or ends the run if the winner drift is too high.
 
-        {} as well if the look itself was interrupted (`owes_look`).
+        Also {} if the evaluation was interrupted (`owes_look`).
         """
         if heldout is None or step % self.config.heldout_steps:
             return {}
@@ -178,7 +179,7 @@ class Guard:
         return figures
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The guard's entries in a checkpoint's manifest."""
         return {"owes_look": self.owes_look}
 
     def _diverged(self, step: int, why: str) -> None:
@@ -190,7 +191,7 @@ class Guard:
             tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Gives the signals back. Raises Stopped if the run was."""
+        """Restores the signal handlers. Raises Stopped if the run was stopped."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None:
@@ -198,9 +199,9 @@ class Guard:
 
 
 class HeldOut:
-    """Losses of the pairs that never train, under noise that stays the same, against the reference's.
+    """The held-out pairs: their losses under fixed noise, compared with the reference's. They are never trained on.
 
-    objective: the script's own. Each process takes its share.
+    objective: the script's. The processes share the pairs.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class HeldOut:
         self.reference = self._joined(list(self._losses(models.reference)))
 
     def _losses(self, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
-        """Batch by batch, (2, n) losses of this process's winners and losers, (1, n) without losers."""
+        """Yields, for each batch of this process, the losses of winners and losers (2, n); without losers (1, n)."""
         for i in range(0, len(self.share), self.config.train_batch_size):
             samples = [self.dataset.heldout(k) for k in self.share[i : i + self.config.train_batch_size]]
             batch = to_device(collate(samples), self.accelerator)
@@ -229,8 +230,9 @@ class HeldOut:
         return torch.cat(found, dim=1) if found else torch.zeros(self.dataset.images, 0, device=self.accelerator.device)
 
     def figures(self, guard: Guard, step: int) -> dict[str, float]:
-        """heldout_winner_drift: relative rise of the median winner's loss; heldout_accuracy (not for SFT): share of
-        pairs whose winner gained on its loser. The same for any number of processes. {} if the guard ended the look."""
+        """heldout_winner_drift: relative rise of the median winner's loss. heldout_accuracy (not for SFT): share of
+        pairs whose winner improved more than its loser. Both are the same for any number of processes. {} if the guard
+        ended the evaluation."""
         found: list[torch.Tensor] = []
         if not guard.together(step, map(found.append, self._losses(self.models.unet))):
             return {}

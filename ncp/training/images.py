@@ -1,4 +1,4 @@
-"""Training images: decoded, and cut to the square that the model is trained on."""
+"""Training images: decoding, and the square crop that the model is trained on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers can do more than read pixels
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers can do more than decode pixels
 
 
 class Unreadable(Exception):
-    """Bytes that are no image; the message says why."""
+    """Bytes that cannot be decoded as an image; the message says why."""
 
 
 class CorruptImage(Exception):
-    """An image that cannot be decoded; the message names file, row and uid."""
+    """An image of the dataset that cannot be decoded; the message names file, row and uid."""
 
 
 def unreadable(where: str, error: Exception) -> str:
@@ -31,13 +31,13 @@ class Crop:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from encoded bytes, upright, 8 bits deep; transparency becomes white. Raises Unreadable."""
+    """An upright 8-bit RGB image from encoded bytes; transparency becomes white. Raises Unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -54,7 +54,7 @@ def resize_crop_flip(image: Image.Image, resolution: int, place: np.ndarray, fli
     width, height = image.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    # Crop in source coordinates, so that a very long image is never blown up whole.
+    # Crop in source coordinates, so that a very long image is never enlarged as a whole.
     top, left = (round(float(p) * (s - resolution)) for p, s in zip(place, (size[1], size[0]), strict=True))
     if flip:
         image = ImageOps.mirror(image)

@@ -1,4 +1,4 @@
-"""What the U-Net is given: latents of images and embeddings of prompts, computed or read from a cache."""
+"""Inputs of the U-Net: latents of images and embeddings of prompts, computed or read from a cache."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from ncp.training.models import Models
 
-# Elements of the largest map of one VAE pass. Many kernels count elements with 32 bits, so 2^31 is the end. An eighth
-# of it is four images of 512 x 512 through SD's VAE, or one of 1024 x 1024: 2.5 GiB in float32 (memory.encoders), where
-# the 128 images of a batch of 64 pairs would need 80.
+# Elements of the largest feature map of one VAE pass. Many kernels index with 32 bits, so 2^31 is the limit. An eighth
+# of it is four images of 512 x 512 in SD's VAE, or one of 1024 x 1024. That takes 2.5 GiB in float32 (memory.encoders);
+# all 128 images of a batch of 64 pairs in one pass would take 80.
 VAE_ELEMENTS = 1 << 28
-PROMPTS_PER_PASS = 64  # of a text encoder: the widest map of SDXL's larger one has 64 x 77 x 5120 = 2.5e7 elements
+PROMPTS_PER_PASS = 64  # of a text encoder: the largest map in SDXL's second one has 64 x 77 x 5120 = 2.5e7 elements
 
 
 @torch.no_grad()
 def latents(models: Models, batch: dict[str, Any]) -> torch.Tensor:
-    """x0 (N, C, h, w) float32: scaled latents of the batch's `pixels` or `moments`, sampled with its `posterior`."""
+    """x0 (N, C, h, w) float32: scaled latents of the batch's `pixels` or `moments`, sampled with noise `posterior`."""
     moments = batch["moments"] if models.pipe is None else vae_moments(models.pipe.vae, batch["pixels"])
     mean, log_variance = moments.float().chunk(2, dim=1)
     x0 = mean + (log_variance.clamp(-30, 20) / 2).exp() * batch["posterior"]  # AutoencoderKL's bounds
@@ -32,7 +32,7 @@ def conditions(models: Models, batch: dict[str, Any]) -> dict[str, Any]:
 
     encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
     the batch's time_ids (N, 6): original size, crop and target size in pixels, height before width. They stay in
-    float32, because bfloat16 makes 1024 of 1023; the U-Net casts their sinusoidal embedding.
+    float32, because bfloat16 rounds 1023 to 1024. The U-Net casts their sinusoidal embedding.
     """
     text, pooled = (
         (batch["text"], batch.get("pooled")) if models.pipe is None else embed_prompts(models.pipe, batch["prompt"])
@@ -50,7 +50,7 @@ def conditions(models: Models, batch: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def vae_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean and log-variance (N, 2C, h, w), in the VAE's dtype, of uint8 (N, 3, H, W), in passes of bounded size."""
+    """Mean and log-variance (N, 2C, h, w), in the VAE's dtype, of pixels uint8 (N, 3, H, W), in bounded passes."""
     parts = pixels.split(images_per_pass(vae.config, max(pixels.shape[-2:])))
     return torch.cat([vae.encode(_normalized(p, vae)).latent_dist.parameters for p in parts])
 
@@ -60,10 +60,10 @@ def _normalized(pixels: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
 
 
 def images_per_pass(vae: dict[str, Any], side: int) -> int:
-    """How many images of `side` pixels go through a VAE of this config at once, encoded or decoded; at least 1.
+    """How many images of `side` pixels a VAE of this config encodes or decodes in one pass; at least 1.
 
-    Its maps: level i has block_out_channels[i] channels at side / 2^i, and the decoder brings those of level i + 1 up
-    to the size of level i. The middle block's attention may make a matrix of tokens x tokens.
+    The feature maps: level i has block_out_channels[i] channels at size side / 2^i, and the decoder upsamples the
+    channels of level i + 1 to the size of level i. The mid block's attention may make a matrix of tokens x tokens.
     """
     channels = vae["block_out_channels"]
     sides = [side / 2**i for i in range(len(channels))]
@@ -74,7 +74,7 @@ def images_per_pass(vae: dict[str, Any], side: int) -> int:
 
 @torch.no_grad()
 def embed_prompts(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(text (B, S, D), pooled (B, P) for SDXL, else None), in the text encoders' dtype, in passes of bounded size."""
+    """(text (B, S, D), pooled (B, P) for SDXL or None), in the text encoders' dtype, in passes of bounded size."""
     outputs = [
         pipe.encode_prompt(
             prompt=prompts[i : i + PROMPTS_PER_PASS],

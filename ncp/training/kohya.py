@@ -1,21 +1,21 @@
-"""The LoRA in kohya's form: the key names and the metadata that ComfyUI, Forge and AUTOMATIC1111 look for.
+"""The LoRA in kohya's format: the key names and the metadata that ComfyUI, Forge and AUTOMATIC1111 expect.
 
-Of a layer `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` the file has three tensors:
+For a layer `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` the file has three tensors:
 
     lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight   (rank, in)
     lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight     (out, rank)
     lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.alpha              ()
 
-The layer's change is alpha / rank * up @ down. ComfyUI and Forge take alpha from that tensor alone, and a missing one
-as rank (`load_lora` in ComfyUI, comfy/lora.py, and in its copy in Forge), so it is always there, in float32.
+The layer's change is alpha / rank * up @ down. ComfyUI and Forge read alpha from that tensor only, and use the rank if
+it is missing (`load_lora` in ComfyUI, comfy/lora.py, and in its copy in Forge). So it is always written, in float32.
 
 Keys of the metadata are those of kohya's trainer (kohya-ss/sd-scripts, train_network.py) and of ModelSpec 1.0.1 (its
 library/sai_model_spec.py). AUTOMATIC1111 shows some as a table, and tells SD 1, SD 2 and SDXL apart by
-`ss_base_model_version` and `ss_v2` (AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/network.py). No date
-is in it: of one LoRA every export says the same.
+`ss_base_model_version` and `ss_v2` (AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/network.py). There
+is no date, so that every export of one LoRA is the same.
 
-Blocks have diffusers' names, for SDXL too. All programs that draw read these; kohya's own tools for SDXL, such as its
-sdxl_merge_lora.py, know the blocks by the names of the original checkpoint alone.
+Blocks have diffusers' names, for SDXL too. ComfyUI, Forge and AUTOMATIC1111 read these. kohya's own tools for SDXL,
+such as its sdxl_merge_lora.py, know only the names of the original checkpoint.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from ncp.training.samples import PairDataset
 from ncp.training.weights import WEIGHTS
 
 PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}  # peft's names of the two factors, and kohya's
-SDXL_TEXT_WIDTH, SD2_TEXT_WIDTH = 2048, 1024  # of the prompt's embedding, which the cross-attention reads
+SDXL_TEXT_WIDTH, SD2_TEXT_WIDTH = 2048, 1024  # of the prompt's embedding, the input of the cross-attention
 
 
 def file_name(folder: Path) -> str:
-    """What the file of a run is called: as its output folder, which is the name that the programs list it under.
+    """The name of a run's file: that of its output folder. Programs list the LoRA under this name.
 
-    Of a checkpoint also its step, as kohya's trainer writes it.
+    For a checkpoint the step is added, in the form of kohya's trainer.
     """
     name = folder.resolve().name
     if step := re.fullmatch(r"checkpoint-(\d+)", name):
         name = f"{folder.resolve().parent.name or 'lora'}-step{int(step[1]):08d}"
     name = name or "lora"  # the root of a disk has no name
-    # diffusers looks for a file whose name ends so, and is to find its own.
+    # diffusers looks for a file whose name ends like this, and must find its own format.
     return f"{name}-kohya.safetensors" if f"{name}.safetensors".endswith(WEIGHTS) else f"{name}.safetensors"
 
 
 def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """LoRA weights under kohya's names. state: peft's names within the U-Net. The alphas stay in float32.
 
-    Raises UserError for a tensor that is neither factor of a LoRA layer, and for values beyond `dtype`'s range.
+    Raises UserError for a tensor that is not a factor of a LoRA layer, and for values beyond `dtype`'s range.
     """
     out = {}
     for name, tensor in state.items():
@@ -72,7 +72,7 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
 
 
 def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[str, Any]:
-    """What the file says of a run beside its settings: what was trained, how, and on how much."""
+    """The file's metadata about a run besides its settings: what was trained, how, and on how many pairs."""
     captions = dataset.pairs.columns(["caption"])["caption"].slice(0, len(dataset.pairs))
     return {
         "method": method,
@@ -93,9 +93,9 @@ def kohya_metadata(
     step: int | None,
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The metadata of a file called `name`. What is not known, as of an older run, is left out.
+    """The metadata of a file called `name`. Unknown values, for example of an older run, are left out.
 
-    state: peft's names. settings: of config.yaml. version: of this project. facts: see `training_facts`.
+    state: peft's names. settings: from config.yaml. version: of this project. facts: see `training_facts`.
     """
     rank = next(len(tensor) for key, tensor in state.items() if "lora_A" in key)
     base_version, is_sd2, architecture = base_model(state, facts.get("is_xl"), facts.get("prediction_type"))
@@ -116,7 +116,7 @@ def kohya_metadata(
         "ss_network_alpha": f"{alpha:g}",
         "ss_resolution": f"({resolution}, {resolution})" if resolution else None,
         "ss_num_train_images": images,
-        # From here AUTOMATIC1111 takes the size of the dataset.
+        # AUTOMATIC1111 reads the size of the dataset from this key.
         "ss_dataset_dirs": json.dumps({dataset: {"n_repeats": 1, "img_count": images}}) if images and dataset else None,
         "ss_steps": step,
         "ss_max_train_steps": settings.get("max_train_steps"),
@@ -141,7 +141,7 @@ def base_model(
 ) -> tuple[str, bool, str]:
     """(kohya's name of the base model's version, whether it is SD 2, ModelSpec's name of the architecture).
 
-    SD 1 and SD 2 differ in the width of the text embedding; is_xl None: so does SDXL.
+    The width of the text embedding tells SD 1 from SD 2, and, if is_xl is None, also SDXL.
     """
     width = next((t.shape[1] for k, t in state.items() if k.endswith("attn2.to_k.lora_A.weight")), None)
     if is_xl if is_xl is not None else width == SDXL_TEXT_WIDTH:
@@ -153,10 +153,10 @@ def base_model(
 
 
 def save_kohya(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes the file, whole or not at all. state: see `kohya_state`."""
+    """Writes the file atomically. state: see `kohya_state`."""
     write_file(file, lambda path: save_file(state, path, metadata))
 
 
 def _without_folders(name: Any) -> str | None:
-    """A hub id or relative path as it is; of an absolute path, which says where somebody's files lie, the last part."""
+    """A hub id or relative path unchanged; the last part of an absolute path, whose folders are private."""
     return Path(name).name if name and Path(name).is_absolute() else name

@@ -1,8 +1,9 @@
-"""How much memory a run will need, from the model's config files alone: no weight is loaded, nothing is computed.
+"""Estimates the memory of a run from the model's config files alone: no weights are loaded, nothing is computed.
 
-Weights, LoRA, gradients and optimizer state are counted. What the step keeps for its backward pass is found by taking
-the policy's and the encoder's forward passes on PyTorch's meta device, which has shapes and no data, and adding up what
-autograd saves. On top comes the largest moment: a recomputed block, or the batch of embeddings without a gradient.
+The estimate is the sum of three parts. Weights, LoRA, gradients and optimizer state are counted. For the activations,
+the forward passes of policy and encoder run on PyTorch's meta device, which has shapes but no data, and the tensors
+that autograd saves are added up. The third part is the peak beside them: a recomputed block, or an embedding pass
+without a gradient.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from ncp.training.models import LORA_TARGETS, checkpoint_blocks
 from ncp.training.pipeline import DTYPES, Description
 from ncp.training.settings import TrainingConfig
 
-CONTEXT = 600 << 20  # of CUDA itself: its context and the libraries' workspaces
-FRAGMENTS = 0.05  # of the rest, lost between the allocator's blocks
+CONTEXT = 600 << 20  # bytes of CUDA itself: its context and the libraries' workspaces
+FRAGMENTS = 0.05  # share of the rest that the allocator loses to fragmentation
 
 
 @dataclass
 class Estimate:
-    """Bytes on one device, by what they are for."""
+    """Bytes on one device, by purpose."""
 
-    weights: int  # the frozen U-Net, once for policy, reference and encoder (bf16: and f's part in another precision)
+    weights: int  # the frozen U-Net, shared by policy, reference and encoder (with bf16 also f's copy of its part)
     inputs: int  # VAE and text encoders; 0 with a cache
     lora: int  # LoRA weights, gradients, optimizer state, average
     activations: int  # kept for the backward pass
-    working: int  # at the largest moment, beside those
+    working: int  # peak of temporary tensors beside the others
 
     @property
     def total(self) -> int:
@@ -55,7 +56,7 @@ class Estimate:
 def print_estimate(
     config: TrainingConfig, description: Description, accelerator: Accelerator, images_per_sample: int
 ) -> None:
-    """Prints how much memory a process will need, and a warning if its GPU has less. Before anything is loaded."""
+    """Prints how much memory a process will need, and a warning if its GPU has less. Needs no loaded model."""
     if not accelerator.is_main_process:
         return
     need = estimate(config, description, images_per_sample)
@@ -71,7 +72,8 @@ def print_estimate(
 
 
 def estimate(config: TrainingConfig, description: Description, images_per_sample: int, cuda: bool = True) -> Estimate:
-    """For one process. images_per_sample: 2 for pairs, 1 for winners alone. cuda: with the norms of CUDA's autocast."""
+    """The estimate for one process. images_per_sample: 2 for pairs, 1 for winners alone. cuda: whether norms run in
+    float32, as under CUDA's autocast."""
     dtype = DTYPES[config.mixed_precision]
     rows = config.train_batch_size * images_per_sample
     with torch.device("meta"):
@@ -84,14 +86,14 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     trained = [p for p in unet.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     for p in trained:
-        p.data = p.data.to(dtype)  # as autocast has it in the forward pass
+        p.data = p.data.to(dtype)  # as autocast casts it in the forward pass
     if config.gradient_checkpointing:
         checkpoint_blocks(unet, config.checkpointed_blocks)
         if {"all", "encoder"} & set(config.checkpointed_blocks):
             encoder.enable_gradient_checkpointing()
 
     x, t, text, added = inputs(config, description, rows, dtype)
-    frozen = [p.untyped_storage() for p in [*unet.parameters(), *encoder.parameters()]]  # held: their ids stay theirs
+    frozen = [p.untyped_storage() for p in [*unet.parameters(), *encoder.parameters()]]  # kept alive: ids stay valid
     kept = {id(storage) for storage in frozen}
     with fused_attention(), Saved(kept) as saved:
         with norms_in_float32(cuda and config.mixed_precision != "no"):
@@ -134,7 +136,7 @@ def inputs(config: TrainingConfig, description: Description, rows: int, dtype: t
 def largest_block(
     unet: Any, encoder: Any, config: TrainingConfig, x: Any, t: Any, text: Any, added: Any, kept: set
 ) -> int:
-    """What the recomputation of the largest checkpointed block saves."""
+    """Bytes that autograd saves when the largest checkpointed block is recomputed."""
     largest = 0
 
     def measure(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +162,7 @@ def _is_float(value: Any) -> bool:
 
 
 def encoders(config: TrainingConfig, description: Description) -> int:
-    """Weights of VAE and text encoders, and the largest moment of one VAE pass."""
+    """Bytes of VAE and text encoders, and of the peak of one VAE pass."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -182,7 +184,7 @@ def size_of(tensors: Any) -> int:
 
 
 class Saved:
-    """Adds up the bytes that autograd keeps for the backward pass inside the block, storages in `kept` aside."""
+    """Adds up the bytes that autograd saves for the backward pass inside the block, except storages in `kept`."""
 
     def __init__(self, kept: set[int]):
         self.seen: dict[int, Any] = {}
@@ -197,7 +199,7 @@ class Saved:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if id(storage) not in self.seen and id(storage) not in self.kept and not isinstance(tensor, torch.nn.Parameter):
-            self.seen[id(storage)] = storage  # held, so that no other gets its id
+            self.seen[id(storage)] = storage  # kept alive, so that no other storage gets its id
             self.bytes += storage.nbytes()
         return tensor
 
@@ -206,7 +208,7 @@ class Saved:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside the block had at one moment."""
+    """The peak, in bytes, of the tensors created inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +220,7 @@ class Peak(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self.live:  # else a view, of a weight perhaps
+            if key not in given and key not in self.live:  # otherwise a view, for example of a weight
                 self.live[key] = weakref.finalize(storage, self._gone, key, size)
                 self.now += size
                 self.bytes = max(self.bytes, self.now)
@@ -234,7 +236,7 @@ def _storages(tree: Any) -> list[Any]:
 
 
 class _Attention(torch.autograd.Function):
-    """A fused attention kernel as autograd sees it: it keeps q, k, v, its output and one number per query."""
+    """What autograd saves for a fused attention kernel: q, k, v, the output and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -249,7 +251,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def norms_in_float32(enabled: bool) -> Iterator[None]:
-    """Group and layer norms inside the block take and keep float32, as CUDA's autocast has them (not the CPU's)."""
+    """Group and layer norms inside the block compute and save float32, as under CUDA's autocast (not the CPU's)."""
     norms: Any = F
     group, layer = F.group_norm, F.layer_norm
     if enabled:
@@ -263,7 +265,7 @@ def norms_in_float32(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention inside the block keeps no matrix of scores, as on a GPU; on the meta device it would."""
+    """Attention inside the block saves no matrix of scores, as on a GPU. The meta device's own version would."""
     real = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _Attention.apply(q, k, v)
     try:

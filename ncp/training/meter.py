@@ -1,4 +1,4 @@
-"""Averages of what is measured between two log entries."""
+"""Averages of the metrics between two log entries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from accelerate import Accelerator
 
 
 class Meter:
-    """Averages metrics over micro-batches, processes and the steps between two log entries, and keeps the time.
+    """Averages metrics over micro-batches, processes and the steps between two log entries, and measures time.
 
-    `seconds` counts what lies between `start` and `stop`: training, without checkpoints and pictures. A resumed run
-    goes on from its checkpoint's: `saved` is the checkpoint's manifest, or empty.
+    `seconds` is the time between `start` and `stop`: training, without checkpoints and validation images. A resumed run
+    continues from the values in its checkpoint. saved: the checkpoint's manifest, or empty.
     """
 
     def __init__(self, saved: dict[str, Any]) -> None:
@@ -38,16 +38,16 @@ class Meter:
         self.seconds += time.perf_counter() - self.started
 
     def add(self, metrics: dict[str, torch.Tensor | float], samples: int = 0) -> None:
-        """Per-sample tensors or scalars; `samples` counts this process's pairs."""
+        """metrics: per-sample tensors or scalars. samples: number of this process's pairs."""
         for name, value in metrics.items():
-            # Summed on the device: reading a value here would make the host wait for it at every step.
+            # Summed on the device: reading a value here would make the host wait at every step.
             mean = value.detach().float().mean() if torch.is_tensor(value) else torch.tensor(float(value))
             self.sums[name] = self.sums[name].to(mean.device) + mean
             self.counts[name] += 1
         self.samples += samples
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """For a checkpoint: with it, a resumed run logs what this one would have."""
+        """The meter's entries in a checkpoint: with them a resumed run logs the same values as an uninterrupted one."""
         names, sums = sorted(self.sums), []
         if names:
             own = torch.stack([self.sums[n].to(accelerator.device) for n in names])
@@ -68,14 +68,14 @@ class Meter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory in use so far: of the GPU's allocator, or of this process on a CPU."""
+    """Peak memory in GiB so far: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 2**30
-    import resource  # on Unix alone
+    import resource  # exists on Unix only
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -36,9 +36,10 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 class Models:
     """Everything a training step needs, on its device.
 
-    `unet` carries the LoRA; `reference` and `encoder` share its frozen storage (in bfloat16 the encoder has weights of
-    its own, `precision_of_f`). `pipe` holds text encoders, tokenizers and VAE; the VAE may be in float32 while the rest
-    is in half precision. With a cache it is None. `secant` is the config's, resolved: in float32 "auto" is 1.
+    `unet` has the LoRA. `reference` and `encoder` share its frozen storage (with bfloat16 the encoder has a copy in
+    another precision, `precision_of_f`). `pipe` holds text encoders, tokenizers and VAE; with a cache it is None. The
+    VAE may be in float32 while the rest is in half precision. `secant` is the config's, with "auto" in float32 resolved
+    to "1".
     """
 
     description: Description
@@ -51,7 +52,7 @@ class Models:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
+        """The dtype of the frozen weights."""
         return self.reference.dtype
 
     @property
@@ -82,17 +83,17 @@ def assemble(
     pipe: Any,
     accelerator: Accelerator,
 ) -> Models:
-    """The policy with its LoRA, the reference and the encoder, over the storage of `unet`, which becomes the policy."""
+    """Policy with LoRA, reference and encoder, all over the storage of `unet`, which becomes the policy."""
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
-    # Wrapped in the same autocast as the policy, so that at the start the two agree to the bit.
+    # Wrapped in the same autocast as the policy, so that at the start the two are exactly equal.
     reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
     encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, precision_of_f(unet.dtype, accelerator.device))
     exact = encoder.unet.dtype == torch.float32 and config.secant == "auto"
-    torch.manual_seed(config.seed)  # of LoRA's gaussian half, the only randomness outside the samples
+    torch.manual_seed(config.seed)  # for LoRA's gaussian matrix, the only randomness outside the samples
     unet.add_adapter(lora_config(config))
-    # A half-precision base makes half-precision LoRA weights: updates of 1e-5 would round to nothing.
+    # peft gives the LoRA the base's dtype. In half precision, updates of 1e-5 would be rounded away.
     cast_training_params(unet, torch.float32)
     if config.gradient_checkpointing:
         checkpoint_blocks(unet, config.checkpointed_blocks)
@@ -123,12 +124,12 @@ def load_part(config: TrainingConfig, kind: Any, part: str, dtype: torch.dtype) 
 
 
 def load_pipe(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Any:
-    """The pipeline but for its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
+    """The pipeline without its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     name, dtype = config.pretrained_model_name_or_path, DTYPES[accelerator.mixed_precision]
     vae_name, vae_dtype = config.pretrained_vae_model_name_or_path, description.vae_dtype(dtype)
-    # Not loaded, the first also because SD 1.5's files name it by a class that transformers no longer has.
+    # Not loaded. SD 1.5's files also name a class for the first that transformers no longer has.
     extra: dict[str, Any] = {"feature_extractor": None}
     extra |= {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
     extra["scheduler"] = scheduler_like(DDIMScheduler, description.scheduler)
@@ -156,10 +157,10 @@ def load_pipe(config: TrainingConfig, description: Description, accelerator: Acc
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, names: list[str]) -> None:
-    """Has these blocks ("down0", "mid", "up3", ..., or "all") recompute their activations in the backward pass."""
+    """Makes these blocks ("down0", "mid", "up3", ..., or "all") recompute their activations in the backward pass."""
     blocks = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}
     blocks |= {f"up{i}": block for i, block in enumerate(unet.up_blocks)} | {"mid": unet.mid_block}
-    unet.enable_gradient_checkpointing()  # sets the function, and every flag
+    unet.enable_gradient_checkpointing()  # sets the checkpointing function, and every block's flag
     for name, block in blocks.items():
         for module in block.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -167,19 +168,19 @@ def checkpoint_blocks(unet: UNet2DConditionModel, names: list[str]) -> None:
 
 
 def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> None:
-    """Compiles the repeated blocks, transformer and ResNet, in place; without a compiler it says so and goes on.
+    """Compiles the repeated blocks (transformer and ResNet) in place. Without a compiler it prints a note instead.
 
-    Blocks rather than whole models: each kind is compiled once per shape, in seconds instead of minutes.
+    Blocks and not whole models: each kind of block is compiled once per shape, in seconds instead of minutes.
     """
     import torch._dynamo
 
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=accelerator.device))
-    except Exception as error:  # whatever a missing compiler raises
+    except Exception as error:  # many kinds, for a missing compiler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         accelerator.print(f"torch_compile: no working compiler here, going on without ({reason})")
         return
-    # One entry for each width, resolution and grad mode, all from the first step; the default of 8 is too few.
+    # One cache entry per width, resolution and grad mode, all needed in the first step. The default, 8, is too few.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for module in modules:
         for block in module.modules():
@@ -189,7 +190,7 @@ def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> 
 
 @contextmanager
 def averaged(models: Models, average: EMAModel | None) -> Iterator[None]:
-    """The averaged weights inside the block, if there is an average; the training weights again after it."""
+    """Swaps in the averaged weights inside the block, if there is an average, and restores the training weights."""
     if average is None:
         yield
         return

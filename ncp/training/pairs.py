@@ -1,4 +1,4 @@
-"""The decisive pairs of a dataset: which rows train, and which are held out."""
+"""The decisive pairs of a dataset: which rows are trained on, and which are held out."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ DROPPED = {  # the faults of `Judgements` in words
 class Pairs:
     """Decisive judgements of a dataset: `rows` of `table` (`open_table`), whose winner is image `winner` (0 or 1).
 
-    The last `heldout` of them never train and are not in its length. `source(row)` names where a row came from.
-    `dropped` counts the other rows of `table`, by reason. `manifest` is filter_pickapic.py's, if it made the dataset.
+    The last `heldout` of them are never trained on and do not count in `len`. `source(row)` names a row's file and
+    number. `dropped` counts the other rows of `table`, by reason. `manifest` is that of filter_pickapic.py, if it made
+    the dataset.
     """
 
     table: Any
@@ -58,7 +59,7 @@ class Pairs:
         return f"{self.files[file]} row {row - (ends[file] - self.file_rows[file])}"
 
     def name(self, index: int) -> dict[str, str]:
-        """Where pair `index` is, and the uids of its winner and loser."""
+        """The source of pair `index`, and the uids of its winner and loser."""
         number, winner = int(self.rows[index]), int(self.winner[index])
         row = self.table.select_columns(["image_0_uid", "image_1_uid"])[number]
         uids = [str(row[f"image_{side}_uid"]) for side in (winner, 1 - winner)]
@@ -66,9 +67,9 @@ class Pairs:
 
 
 def open_pairs(config: TrainingConfig) -> Pairs:
-    """The decisive pairs of the configured dataset; rows that filter_pickapic.py would call faulty never train.
+    """The decisive pairs of the configured dataset, without rows that filter_pickapic.py would drop as malformed.
 
-    With `cached_latents` the image columns are not read and need not be there. Raises UserError if the dataset is
+    With `cached_latents` the image columns are not read and may be missing. Raises UserError if the dataset is
     missing or unreadable (see `open_table`), differs from its manifest, or has too few decisive pairs.
     """
     table, files, file_rows = open_table(config)
@@ -104,9 +105,9 @@ def open_pairs(config: TrainingConfig) -> Pairs:
 def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(training pairs, held-out pairs), indices of pairs that share neither a caption nor an image.
 
-    caption (P,) and images (P, 2) are integer codes. Held out is the middle pair of each of `count` captions, evenly
-    spaced in order of first appearance. The other pairs of these captions or images are in neither set. With as many
-    captions as that or fewer, no pair is left to train, and none is held out.
+    caption (P,) and images (P, 2) are integer codes. `count` captions are chosen, evenly spaced in order of first
+    appearance, and the middle pair of each is held out. The other pairs of these captions or images are in neither set.
+    With `count` captions or fewer, both sets are empty.
     """
     captions, first = np.unique(caption, return_index=True)
     if count >= len(captions):
@@ -121,9 +122,9 @@ def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.nd
 
 
 def read_filter_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest.json that filter_pickapic.py left in a dataset's folder, or None if there is none.
+    """The manifest.json of filter_pickapic.py in a dataset's folder, or None if there is none.
 
-    Raises UserError if it cannot be read, or if a file of the dataset is not as it was written.
+    Raises UserError if it cannot be read, or if a file of the dataset has changed since it was written.
     """
     file = folder / "manifest.json"
     if not file.is_file():
@@ -143,7 +144,7 @@ def read_filter_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_filtering(manifest: dict[str, Any]) -> str:
-    """How a dataset was filtered, in a line."""
+    """How a dataset was filtered, in one line."""
     rows, pairs = manifest["rows"], manifest["pairs"]
     return (
         f"rule {manifest['options']['rule']}: {pairs['total']:,} pairs of {rows['input']:,} rows of "
@@ -153,7 +154,7 @@ def describe_filtering(manifest: dict[str, Any]) -> str:
 
 
 def decisive(said: Judgements) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(row numbers, winner 0 or 1, counts of the other rows by their first fault) of rows that name a better image."""
+    """The rows that name a better image: (row numbers, winner 0 or 1, counts of the other rows by first fault)."""
     left = np.ones(len(said.tie), bool)
     dropped = {}
     for reason, hit in {**said.faults, "tie": said.tie}.items():

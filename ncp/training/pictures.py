@@ -1,4 +1,4 @@
-"""Validation pictures: the prompts drawn with the reference and with the tuned model, as the run goes on."""
+"""Validation images: the prompts drawn with the reference and with the tuned model, during the run."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ncp.training.settings import TrainingConfig
 
 @dataclass
 class Validation:
-    """Draws `validation_prompts`. The main process draws; the others wait, a sampler step at a time."""
+    """Draws `validation_prompts`. The main process draws; the others wait, and meet it at every sampler step."""
 
     config: TrainingConfig
     models: Models
     accelerator: Accelerator
     average: EMAModel | None
     guard: Guard
-    _reference: list[Image.Image] = field(default_factory=list)  # its pictures, which stay the same
+    _reference: list[Image.Image] = field(default_factory=list)  # the reference's images, drawn once
 
     def is_due(self, step: int) -> bool:
-        """Whether pictures are drawn between this step and the next."""
+        """Whether images are drawn after this step."""
         each, last = self.config.validation_steps, self.config.max_train_steps
         return bool(self.config.validation_prompts) and each is not None and step % each == 0 and step < last
 
     def is_owed(self, step: int) -> bool:
-        """Whether an interrupted run was to draw pictures at this step and has not. The main process looks."""
+        """Whether an interrupted run did not draw the images that were due at this step. The main process checks."""
         (owed,) = broadcast_object_list([self.is_due(step) and not self.file(step).is_file()])
         return owed
 
@@ -46,9 +46,9 @@ class Validation:
         return Path(self.config.output_dir) / "validation" / f"step-{step:06d}.png"
 
     def draw(self, step: int) -> None:
-        """Draws, saves both models' pictures as one grid, and hands it to the trackers.
+        """Draws both models' images, saves them as one grid, and passes it to the trackers.
 
-        If a signal comes or the time is over, it ends without pictures, and `guard.stopped` says so.
+        After a signal or at the time limit it returns without images, and `guard.stopped` is set.
         """
         if not self.config.validation_prompts:
             return
@@ -76,7 +76,7 @@ class Validation:
             "between": lambda: self.guard.between(step),
         }
         models = self.models
-        # With a cache the run itself needs no pipeline: it is loaded while pictures are drawn.
+        # With a cache the run itself needs no pipeline: it is loaded only while images are drawn.
         pipe = models.pipe or load_pipe(config, models.description, self.accelerator)
         if not self._reference:
             self._reference = draw(models, pipe, models.reference, **settings)

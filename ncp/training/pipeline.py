@@ -1,4 +1,4 @@
-"""What a diffusers pipeline folder (or hub repository) says of itself, read and checked without loading a weight."""
+"""The JSON files of a diffusers pipeline folder (or hub repository), read and checked without loading weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusio
 
 @dataclass
 class Description:
-    """What a pipeline says of itself: component configs, read without loading a weight.
+    """The component configs of a pipeline, read without loading weights.
 
-    `scheduler` is as the run uses it: with this run's `prediction_type` and `rescale_betas_zero_snr`, if it has any.
-    said: what says what the U-Net predicts. notes: what to tell the user, a line each.
+    `scheduler` is the config that the run uses: with the run's `prediction_type` and `rescale_betas_zero_snr`, if set.
+    said: the source of the prediction type. notes: lines to print for the user.
     """
 
-    pipeline: Any  # its class
+    pipeline: Any  # the pipeline's class
     unet: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
@@ -71,15 +71,15 @@ class Description:
         return f"{self.scheduler.get('prediction_type', 'epsilon')}{zero}, {self.said}"
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of the VAE where the rest is in `dtype`: float32 if its config asks for it, as SDXL's own overflows in fp16.
+        """The dtype of the VAE if the rest is in `dtype`. float32 if its config requires it: SDXL's overflows in fp16.
 
-        A config that says nothing is old: it asks for it in an SDXL pipeline, and not in SD's.
+        An old config does not have the key: then float32 for SDXL, and `dtype` for Stable Diffusion.
         """
         return torch.float32 if self.vae.get("force_upcast", self.is_xl) else dtype
 
 
 def describe(config: TrainingConfig) -> Description:
-    """Reads and checks a pipeline's JSON. Raises UserError for one that is missing or that the method cannot use."""
+    """Reads and checks a pipeline's JSON. Raises UserError if it is missing or the method cannot use the pipeline."""
     name, vae_name = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
 
     def read(file: str) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def describe(config: TrainingConfig) -> Description:
 
 
 def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
-    """The scheduler's config of a training's or an evaluation's base model, and what says what its U-Net predicts.
+    """The scheduler config of the base model, for training or evaluation, and the source of its prediction type.
 
-    `prediction_type` and `rescale_betas_zero_snr` are the config's, where they are not null. Raises UserError if
-    nothing says them.
+    `prediction_type` and `rescale_betas_zero_snr` come from `config` where they are not null there. Raises UserError if
+    nothing states them.
     """
     name, given = config.pretrained_model_name_or_path, config.single_file_config
     scheduler = read_json(name, SCHEDULER, config.revision, given)
@@ -162,7 +162,7 @@ def read_schedule(config: Any) -> tuple[dict[str, Any], str]:
 
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
-    """Raises UserError for a noise schedule, or a prediction, that the method cannot use."""
+    """Raises UserError for a noise schedule or prediction type that the method cannot use."""
     if "FlowMatch" in (found := scheduler.get("_class_name", "")):
         raise UserError(f"{name}: {found} is a flow-matching scheduler; the method needs a DDPM schedule")
     if found.startswith("EDM"):
@@ -173,7 +173,7 @@ def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
 
 
 def check_prediction(name: str, scheduler: dict[str, Any]) -> None:
-    """Raises UserError for what no U-Net of Stable Diffusion predicts, or not at this schedule's end."""
+    """Raises UserError for an unknown prediction type, or one that zero terminal SNR does not allow."""
     if (kind := scheduler.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
         raise UserError(f"{name}: scheduler prediction_type '{kind}'; expected one of: {', '.join(PREDICTION_TYPES)}")
     if kind == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
@@ -184,7 +184,7 @@ def check_prediction(name: str, scheduler: dict[str, Any]) -> None:
 
 
 def guesses(config: TrainingConfig, scheduler: dict[str, Any]) -> list[str]:
-    """What looks wrong but may be right, a line each."""
+    """Settings that look wrong but may be right, a line each."""
     name = Path(config.pretrained_model_name_or_path).name
     lines = []
     few_steps = FEW_STEPS.search(name) or re.match("LCM|TCD", scheduler.get("_class_name", ""))
@@ -201,9 +201,9 @@ def guesses(config: TrainingConfig, scheduler: dict[str, Any]) -> list[str]:
 
 
 def read_json(name: str, file: str, revision: str | None, single_file_config: str | None = None) -> dict[str, Any]:
-    """A JSON file of a model folder, of a hub repository, or of what a single-file checkpoint stands for.
+    """A JSON file of a model folder, of a hub repository, or of the pipeline that a single-file checkpoint needs.
 
-    Raises UserError if it is missing or is none.
+    Raises UserError if it is missing or is not a JSON object.
     """
     if single_file.is_single_file(name):
         return single_file.read_json(Path(name), single_file_config, file)
@@ -221,9 +221,9 @@ def read_json(name: str, file: str, revision: str | None, single_file_config: st
 
 
 def identity(name: str, revision: str | None, part: str, single_file_config: str | None = None) -> str:
-    """Which weights these are: a local folder or file by its content (sampled), a hub model by its commit.
+    """Identifies weights: a local folder or file by its content (sampled), a hub model by its commit.
 
-    part: a component's folder in a pipeline, or "" for a repository that is one component, with its config.json.
+    part: a component's folder in a pipeline, or "" for a repository that is a single component with its config.json.
     """
     if single_file.is_single_file(name):
         return single_file.identity(Path(name), single_file_config, part)
@@ -234,22 +234,22 @@ def identity(name: str, revision: str | None, part: str, single_file_config: str
 
 
 def scheduler_like(kind: type, source: dict[str, Any], **changes: Any) -> Any:
-    """A scheduler of class `kind` over the noise schedule of a pipeline's scheduler config, whatever class that names.
+    """A scheduler of class `kind` with the noise schedule of a pipeline's scheduler config, which may name any class.
 
-    diffusers' `from_config` fills what the config does not state with the defaults of `kind`, and some of these are
-    not Stable Diffusion's. Key by key:
+    diffusers' `from_config` takes keys that the config does not state from the defaults of `kind`, and some of these
+    are not Stable Diffusion's. Key by key:
 
-        clip_sample             False: latents are not bounded by 1, to which DDPM's and DDIM's default would clip them
+        clip_sample             False: DDPM and DDIM would by default clip to [-1, 1], but latents exceed it
         steps_offset            1, as in all of Stable Diffusion's own configs
-        set_alpha_to_one        as stated, else False: DDIM ends at abar of t = 0, as Stable Diffusion's configs say
+        set_alpha_to_one        as stated, else False: DDIM ends at abar of t = 0, as in Stable Diffusion's configs
         variance_type           as stated; null (DPM-Solver's) or not stated is fixed_small
         timestep_spacing        trailing with zero terminal SNR, where sampling must begin at T-1, in pure noise; else
                                 as stated, else the default of `kind`
         thresholding            as stated, else False
         prediction_type, betas  as stated; all classes have the same defaults
-        rescale_betas_zero_snr  as stated; raises UserError if it is on and `kind` knows no such thing
+        rescale_betas_zero_snr  as stated; raises UserError if it is on and `kind` does not support it
 
-    For the first two StableDiffusionPipeline sets these values too, with a page of warnings. `changes` come last.
+    StableDiffusionPipeline sets the first two to these values too, with long warnings. `changes` are applied last.
     """
     known = inspect.signature(kind).parameters
     if source.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:

@@ -1,4 +1,4 @@
-"""What the chosen precision means on this machine: TF32, and bfloat16 where it is slow or too coarse."""
+"""Effects of the chosen precision on this machine: TF32, and bfloat16 where it is slow or too coarse."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 
 from ncp.training.settings import TrainingConfig
 
-SLOW = 1.5  # bfloat16 at this many times float32's time has no unit of its own
+SLOW = 1.5  # bfloat16 that takes this many times float32's time has no hardware support
 
 
 def set_tf32(config: TrainingConfig) -> None:
-    """TF32 only where half precision leaves float32 (SDXL's VAE): a run in float32 is float32 throughout.
+    """Allows TF32 in half-precision runs, for the parts in float32 (SDXL's VAE). A float32 run uses no TF32.
 
-    Both switches either way: cuDNN's is on by default.
+    Both switches are always set, because cuDNN's is on by default.
     """
     tf32 = config.allow_tf32 and config.mixed_precision != "no"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def notes(config: TrainingConfig, device: torch.device) -> list[str]:
-    """What to say of the precision before anything is loaded, a line each."""
+    """Notes on the precision, printed before anything is loaded, a line each."""
     if config.mixed_precision != "bf16":
         return []
     lines = []
@@ -40,11 +40,11 @@ def notes(config: TrainingConfig, device: torch.device) -> list[str]:
 
 
 def bf16_slowdown() -> float:
-    """Time of a bfloat16 convolution over that of the same one in float32 on this CPU, measured in about 0.1 s."""
+    """Time of a bfloat16 convolution divided by that of a float32 one on this CPU. Measuring takes about 0.1 s."""
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(8, 64, 16, 16, dtype=dtype), torch.ones(64, 64, 3, 3, dtype=dtype)
-        F.conv2d(x, weight, padding=1)  # the first call also chooses a kernel
+        F.conv2d(x, weight, padding=1)  # the first call also selects a kernel
         laps = []
         for _ in range(3):
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the LoRA in diffusers' and in kohya's format, and its model card."""
+"""The result of a finished run: the LoRA in diffusers' and in kohya's format, and its model card."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def write_result(
     pairs: Pairs,
     facts: dict[str, Any],
 ) -> None:
-    """Writes the LoRA and the model card into the output folder, beside the config, and uploads them if asked.
+    """Writes the LoRA and the model card into the output folder, beside the config. Uploads them if configured.
 
-    The main process writes; the average's weights, if there is one. facts: see `training_facts`.
+    Only the main process writes. With an average of the weights, the LoRA is the average. facts: see `training_facts`.
     """
     if not accelerator.is_main_process:
         return
@@ -63,7 +63,7 @@ def write_result(
 
 
 def save_in_kohya_form(config: TrainingConfig, models: Models, file: Path, facts: dict[str, Any]) -> None:
-    """Writes the LoRA once more, the same float32 numbers under kohya's names."""
+    """Writes the LoRA a second time: the same float32 numbers under kohya's names."""
     state = lora_state(models.unet)
     alpha = float(config.lora_alpha or config.rank)
     steps = config.max_train_steps

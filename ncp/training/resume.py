@@ -1,4 +1,4 @@
-"""Where a run starts: afresh in an empty folder, or from a checkpoint of the same run."""
+"""Where a run starts: from the beginning in an empty folder, or from a checkpoint of the same run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ncp.training.pipeline import Description, identity
 from ncp.training.settings import TrainingConfig
 from ncp.training.single_file import is_single_file
 
-# Keys that a resumed run may change: where things are (what is there is compared by content), how the effective batch
-# is split, how long and how watched the run is, and what costs memory or time but not accuracy. All others are the
+# Keys that a resumed run may change: locations (their content is compared instead), how the effective batch is split,
+# how long the run is, how it is logged and checked, and trade-offs between memory and time. All other keys change the
 # mathematics of the run.
 MAY_CHANGE = frozenset(
     """
@@ -42,11 +42,11 @@ MAY_CHANGE = frozenset(
 
 
 def choose_checkpoint(config: TrainingConfig, accelerator: Accelerator, inputs: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run. The main process chooses, the others must find the same.
+    """The checkpoint to resume from, or None for a new run. The main process chooses; the others must find the same.
 
     The main process becomes the folder's only writer, and writes config.yaml and environment.yaml. inputs: this run's
     `fingerprint`. Raises UserError if there is nothing to resume from, if the checkpoint belongs to another run, if
-    the folder holds anything while resuming is off, if another run writes to it, or if it cannot be written.
+    the folder is not empty although resuming is off, if another run writes to it, or if it cannot be written.
     """
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -105,7 +105,7 @@ def _choose(config: TrainingConfig) -> Path | None:
 
 
 def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, effective: int) -> dict[str, Any]:
-    """What decides a run's result beside its config, wherever it lies: weights, training pairs, effective batch."""
+    """What decides a run's result besides its config: weights and training pairs (by content), effective batch."""
     digest = hashlib.sha256()
     for column in pairs.columns(["caption", "image_0_uid", "image_1_uid"]).columns:
         digest.update(repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
@@ -113,13 +113,13 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
     own = {k: v for k, v in cache.fingerprint(config, description).items() if not hasattr(config, k)}
     name = config.pretrained_model_name_or_path
     unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
-    if is_single_file(name):  # whose name may say it
+    if is_single_file(name):  # its name may state the prediction type
         unet |= {"prediction": description.prediction.partition(",")[0]}
     return {**unet, **own, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
 
 
 def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path) -> str:
-    """The mathematics that a checkpoint's run and this one do not share, in words; empty if it is the same run.
+    """How the mathematics of a checkpoint's run and this one differ, in words; empty if it is the same run.
 
     A key that all scripts share and the checkpoint lacks, since it is newer, counts as its default.
     """

@@ -1,9 +1,9 @@
-"""Rows of parquet files by number, read where they lie: nothing is copied, and only an index is in memory.
+"""Rows of parquet files by number, read in place: nothing is copied, and only an index is in memory.
 
-Parquet stores a column of a row group in pages that are read from its beginning, so that a single row costs about half
-of its row group. With the ten rows to a group of filter_pickapic.py and prepare_preferences.py that is little beside
-decoding two JPEGs; with groups of a hundred or a thousand it is more. `can_be_read_in_place` tells them apart;
-docs/data.md has figures.
+Parquet stores a column of a row group in pages, which are read from the beginning of the group. So reading a single row
+costs on average half of its row group. With the groups of ten rows that filter_pickapic.py and prepare_preferences.py
+write, that is little compared with decoding two JPEGs. With groups of a hundred or a thousand rows it is more.
+`can_be_read_in_place` tells the two cases apart; docs/data.md has measurements.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import pyarrow.parquet as pq
 from ncp.common.errors import UserError
 from ncp.training.images import Unreadable
 
-GROUP_ROWS, GROUP_BYTES = 16, 256 << 10  # a row group with no more than this many rows, or bytes, counts as small
-OPEN_FILES = 64  # per process; the footer of one is up to 2 MB
-PIECE = 8  # rows decoded at a time, on the way to one
+GROUP_ROWS, GROUP_BYTES = 16, 256 << 10  # a row group with at most this many rows, or bytes, counts as small
+OPEN_FILES = 64  # per process; a file's footer has up to 2 MB
+PIECE = 8  # rows decoded at a time, until the wanted row is reached
 
 
 @dataclass(frozen=True)
 class ParquetRows:
     """The rows of several files, one file after the other.
 
-    changed: when each file last did, in ns. first (groups + 1,) int64: the number of each row group's first row, and
-    how many rows there are. group (groups, 2) int64: which file it is in, and its number there.
+    changed: each file's modification time in ns. first (groups + 1,) int64: the number of each row group's first row,
+    then the number of rows. group (groups, 2) int64: each row group's file, and its number in that file.
     """
 
     files: list[Path]
@@ -43,7 +43,7 @@ class ParquetRows:
         return int(self.first[-1])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Row `row` as a dict of its columns. Raises Unreadable if the file is damaged there, or has changed."""
+        """Row `row` as a dict of its columns. Raises Unreadable if the file is damaged there or has been modified."""
         at = int(np.searchsorted(self.first, row, side="right")) - 1
         file, number, left = int(self.group[at, 0]), int(self.group[at, 1]), row - int(self.first[at])
         try:
@@ -87,19 +87,19 @@ def open_rows(files: list[Path], columns: list[str]) -> ParquetRows:
 
 @lru_cache(OPEN_FILES)
 def opened(file: Path, changed: int) -> pq.ParquetFile:
-    """The opened file, as it was when it last changed."""
-    # Not memory-mapped: that is no faster here, and a file that is cut short would kill the process.
+    """The open file. changed: its modification time, part of the cache key."""
+    # Not memory-mapped: that is no faster here, and if the file were truncated, the process would be killed.
     return pq.ParquetFile(file)
 
 
 def can_be_read_in_place(files: list[Path], columns: list[str]) -> bool:
-    """Whether every row group is small enough in these columns to be decoded for a single row."""
+    """Whether every row group is small enough, in these columns, to read single rows."""
     sizes = (found for file in files for found in group_sizes(pq.read_metadata(file), columns))
     return all(rows <= GROUP_ROWS or size <= GROUP_BYTES for rows, size in sizes)
 
 
 def group_sizes(metadata: pq.FileMetaData, columns: list[str]) -> list[tuple[int, int]]:
-    """(rows, bytes of these columns when decoded) of each row group."""
+    """(rows, decoded bytes of these columns) of each row group."""
     wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in columns]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return [(g.num_rows, sum(g.column(i).total_uncompressed_size for i in wanted)) for g in groups]

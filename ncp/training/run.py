@@ -1,6 +1,6 @@
-"""One training run: what belongs to it from start to result, and what is done with all of that together.
+"""One training run: its state from start to result, and the operations that need all of that state.
 
-The loop and the loss are the scripts'. A run computes neither a loss nor a gradient.
+The loop and the loss are in the scripts. A run computes neither a loss nor a gradient.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from ncp.training.summary import print_summary
 
 @dataclass
 class Run:
-    """What belongs to one run. `unet` is the policy as accelerate wraps it, `models.unet` the same without.
+    """The state of one run. `unet` is the policy wrapped by accelerate, `models.unet` the same without the wrapper.
 
-    fingerprint: what the result depends on beside the config. first_step: how many steps are finished at the start.
+    fingerprint: what the result depends on besides the config. first_step: number of steps finished at the start.
     """
 
     config: TrainingConfig
@@ -57,16 +57,16 @@ class Run:
     guard: Guard
     heldout: HeldOut | None
     validation: Validation
-    shown: Sequence[str]  # figures on the progress bar
-    step: int = field(init=False)  # the last one that was begun
+    shown: Sequence[str]  # metrics on the progress bar
+    step: int = field(init=False)  # the current step
 
     def __post_init__(self) -> None:
         self.step = self.first_step
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to take, from 1, until the last or until the guard stops the run."""
+        """The numbers of the steps to take, counted from 1, until the last or until the guard stops the run."""
         last = self.config.max_train_steps
-        # What a signal kept the run before this one from.
+        # Work that the interrupted run left unfinished.
         if self.guard.owes_look:
             self.check_heldout(self.step)
         if self.first_step and self.validation.is_owed(self.step):
@@ -82,21 +82,21 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """Of the current step."""
+        """The learning rate of the current step."""
         return learning_rate(self.config, self.step, effective_batch(self.config, self.accelerator.num_processes))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What an exported LoRA says of the run; a checkpoint holds it too."""
+        """The metadata of an exported LoRA; checkpoints store it too."""
         return training_facts(self.method, self.models, self.dataset)
 
     def micro_batches(self) -> Iterator[dict[str, Any]]:
-        """The batches of one optimizer step, on this process's device. Raises UserError at a corrupt image."""
+        """The micro-batches of one optimizer step, on this process's device. Raises UserError for a corrupt image."""
         for _ in range(self.config.gradient_accumulation_steps):
             yield to_device(next(self.batches), self.accelerator)
 
     def record(self, batch: dict[str, Any], losses: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        """Notes the losses (B,) and metrics of a micro-batch, for the log and for the guard."""
+        """Records the losses (B,) and metrics of a micro-batch, for the log and for the guard."""
         self.meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
         self.guard.add(batch, losses, metrics)
 
@@ -107,12 +107,12 @@ class Run:
         return finite
 
     def update_average(self) -> None:
-        """Moves the average of the LoRA weights, if there is one, towards the weights."""
+        """Updates the moving average of the LoRA weights, if there is one."""
         if self.average is not None:
             self.average.step(self.models.lora_parameters)
 
     def log(self, step: int) -> None:
-        """Ends the step's time, and every `logging_steps` hands the figures since the last entry to the trackers."""
+        """Stops the step's clock. Every `logging_steps` passes the metrics since the last entry to the trackers."""
         self.meter.stop()
         self.bar.update()
         if step % self.config.logging_steps == 0 or step == self.config.max_train_steps:
@@ -121,7 +121,7 @@ class Run:
             self.bar.set_postfix({name: f"{figures[name]:.3g}" for name in self.shown})
 
     def check_heldout(self, step: int) -> None:
-        """Every `heldout_steps`, looks at the held-out pairs, and warns or stops the run if their winners drift."""
+        """Every `heldout_steps`, evaluates the held-out pairs. Warns or stops the run if winner drift is too high."""
         if figures := self.guard.watch(step, self.heldout):
             self._track(figures, step)
 
@@ -145,14 +145,14 @@ class Run:
             self.validation.draw(step)
 
     def finish(self) -> None:
-        """Draws the last pictures and writes the result; or, for a stopped run, the checkpoint that it goes on from.
+        """Draws the last images and writes the result. For a stopped run, writes the checkpoint to resume from instead.
 
-        Raises Stopped if the run was. The process group is left later, by `run_program`.
+        Raises Stopped if the run was stopped. `run_program` leaves the process group later.
         """
         config = self.config
         if not self.guard.stopped:
             self.validation.draw(self.step)
-        if self.guard.stopped:  # its checkpoint may be there already
+        if self.guard.stopped:  # its checkpoint may exist already
             self._write_checkpoint(prune=False)
         else:
             pairs = self.dataset.pairs
@@ -167,10 +167,10 @@ class Run:
 def start(
     config: TrainingConfig, method: str, objective: Objective, images_per_sample: int, shown: Sequence[str]
 ) -> Run:
-    """Every refusal, then loading, then resuming.
+    """Checks all input, then loads the models, then resumes.
 
-    method: its name in latent space. images_per_sample: 2 for winner and loser, 1 for the winner alone. shown: figures
-    on the progress bar. Raises UserError for whatever can be wrong with the input, before a model is loaded.
+    method: its name in latent space. images_per_sample: 2 for winner and loser, 1 for the winner alone. shown: metrics
+    on the progress bar. Raises UserError for any wrong input, before a model is loaded.
     """
     method = f"NCP-{method}" if config.space == "perceptual" else method
     description = describe(config)

@@ -1,9 +1,9 @@
 """Training samples, as a pure function of (seed, position).
 
-A run is a sequence of positions n = 0, 1, 2, ...: step s of a run with effective batch E takes the
-positions [sE, (s+1)E), whatever the number of processes. Position n decides everything random about
-its sample: which pair, crop, flip, dropped prompt, timestep and all noise. So a run does not depend
-on how it is split over processes or workers, and continues exactly from any step.
+A run is a sequence of positions n = 0, 1, 2, ... With effective batch E, step s takes the positions
+[sE, (s+1)E), for any number of processes. Position n decides everything random about its sample:
+the pair, crop, flip, dropped prompt, timestep and all noise. So the result of a run does not depend
+on how it is split over processes or workers, and the run can continue exactly from any step.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ncp.training.images import CorruptImage, Unreadable, decode_image, resize_c
 from ncp.training.pairs import Pairs
 from ncp.training.settings import TrainingConfig
 
-ORDER, SAMPLE, HELDOUT = 0, 1, 2  # streams of randomness
+ORDER, SAMPLE, HELDOUT = 0, 1, 2  # independent random streams
 
 
 class PairDataset(Dataset):
     """Training samples by position n. images: 2 for winner and loser, 1 for the winner alone.
 
-    Sample: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6) original
-    size, crop, target size in pixels (height before width), each image's or fixed; `prompt`; `timestep` int64; and
-    standard normal noise float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per image.
-    With a cache, instead of pixels and prompt, what `Cache.pair` gives. Or `error`, a line.
+    A sample is a dict: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6)
+    original size, crop, target size in pixels (height before width), each image's own or fixed; `prompt`; `timestep`
+    int64; and standard normal noise float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per
+    image. With a cache, the output of `Cache.pair` replaces pixels and prompt. On failure only `error`, a line.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PairDataset(Dataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def pair_index(self, position: int) -> int:
-        """Which pair stands at a position: each epoch is a permutation drawn from (seed, epoch)."""
+        """The index of the pair at a position. Each epoch is a permutation drawn from (seed, epoch)."""
         epoch, offset = divmod(position, len(self.pairs))
         if self._order[0] != epoch:
             seed = np.random.SeedSequence([self.config.seed, ORDER, epoch])
@@ -62,14 +62,14 @@ class PairDataset(Dataset):
         return self._sample([SAMPLE, position], self.pair_index(position), range(len(self.pairs)))
 
     def heldout(self, k: int) -> dict[str, Any]:
-        """Held-out sample k, the same at every call; the timesteps of all are spread evenly."""
+        """Held-out sample k, the same at every call. The timesteps of the held-out samples are spread evenly."""
         first, count = self.config.first_timestep, self.pairs.heldout
         held = range(len(self.pairs), len(self.pairs) + count)
         timestep = first + (2 * k + 1) * (self.num_timesteps - first) // (2 * count)
         return self._sample([HELDOUT, k], held[k], held) | {"timestep": torch.tensor(timestep)}
 
     def _sample(self, stream: list[int], index: int, among: range) -> dict[str, Any]:
-        """Pair `index`, or the next readable one of `among`, with the randomness of a stream."""
+        """The sample of pair `index`, or of the next readable pair of `among`, with the randomness of `stream`."""
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence([config.seed, *stream]))
         flip = config.random_flip and rng.random() < 0.5
@@ -141,7 +141,7 @@ def loader(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    # A job scheduler or a terminal signals all processes at once, and the last step still needs its batches.
+    # A job scheduler or a terminal sends the signal to all processes at once. The last step still needs its batches.
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -150,7 +150,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 @dataclass
 class _Positions:
-    """Positions of each micro-batch: step by step, accumulation by accumulation, this process's share."""
+    """The positions of this process in each micro-batch, step by step."""
 
     config: TrainingConfig
     first_step: int
@@ -170,8 +170,8 @@ class _Positions:
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch, winners' images first, then losers': pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...).
 
-    With a cache moments (2B, ...), text and pooled (B, ...) for pixels and prompt. An error in any sample becomes
-    {"error": line}: an exception would arrive from a worker as a traceback.
+    With a cache, moments (2B, ...), text and pooled (B, ...) replace pixels and prompt. An error in any sample becomes
+    {"error": line}, because an exception would come out of a worker as a traceback.
     """
     for sample in samples:
         if "error" in sample:

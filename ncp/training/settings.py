@@ -12,9 +12,9 @@ from ncp.common.errors import UserError
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig:
-    """What the three scripts have in common. Names are diffusers' where diffusers has one.
+    """The common keys. Names follow diffusers where it has the same key.
 
-    docs/configuration.md is made from this: python docs/configuration.py.
+    docs/configuration.md is generated from this class: python docs/configuration.py.
     """
 
     pretrained_model_name_or_path: str = option(
@@ -302,7 +302,7 @@ class TrainingConfig:
     hub_private_repo: bool = option(True, doc="create that repository as a private one if it does not exist yet")
 
     def check(self) -> None:
-        """Rules that span keys. Raises UserError."""
+        """Raises UserError for keys that contradict each other."""
         if self.timestep_offset != "x0" and not (
             self.timestep_offset.isdecimal() and 1 <= int(self.timestep_offset) <= 999
         ):
@@ -336,10 +336,10 @@ class TrainingConfig:
 
     @property
     def k(self) -> int | None:
-        """The timestep offset; None for x0."""
+        """The timestep offset k; None for x0."""
         return None if self.timestep_offset == "x0" else int(self.timestep_offset)
 
     @property
     def first_timestep(self) -> int:
-        """The smallest t that has a t' = t - k in the schedule (method: t is uniform on {k, ..., T-1})."""
+        """The smallest t for which t' = t - k is in the schedule (the method draws t uniformly from {k, ..., T-1})."""
         return self.k or 1

@@ -1,8 +1,8 @@
-"""Checkpoints in one .safetensors file, in the layout of the first Stable Diffusion code ("LDM"), as Civitai has them.
+"""Checkpoints in one .safetensors file, in the layout of the original Stable Diffusion code ("LDM"), as on Civitai.
 
-Such a file holds U-Net, VAE and text encoders, and neither configs nor tokenizers. The configs of SD 1.x, SD 2.x and
-SDXL lie in ncp/training/architectures, as the hub's repositories have them; CLIP's tokenizer comes from the hub, once.
-`single_file_config` names a diffusers pipeline folder that is asked for both instead.
+Such a file holds U-Net, VAE and text encoders, but no configs and no tokenizers. The configs of SD 1.x, SD 2.x and SDXL
+are in ncp/training/architectures, copied from the hub's repositories. CLIP's tokenizer is downloaded from the hub once.
+Alternatively `single_file_config` names a diffusers pipeline folder to take both from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ncp.common.files import sampled_sha256
 ARCHITECTURES = Path(__file__).parent / "architectures"
 TOKENIZER = "openai/clip-vit-large-patch14"  # of SD 1.x; those of SD 2.x and SDXL differ in how they pad
 UNET = "model.diffusion_model."
-# Where the parts of an architecture lie in a file.
+# Prefixes of an architecture's parts in a file.
 PREFIXES = {
     "sd1": {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."},
     "sd2": {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_stage_model.model."},
@@ -39,7 +39,7 @@ PREFIXES = {
     },
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
-# In names of files.
+# Patterns in file names.
 V_PREDICTION = re.compile(r"v[-_ ]?pred", re.IGNORECASE)
 ZERO_SNR = re.compile(r"z(t|ero)?[-_ ]?(terminal)?[-_ ]?snr|noob", re.IGNORECASE)
 
@@ -55,7 +55,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensors' names to dtype, shape and data_offsets. Raises UserError if this is no such file, or a cut one."""
+    """Tensor name to dtype, shape and data_offsets. Raises UserError if it is no safetensors file, or truncated."""
     return _read_header(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
@@ -77,7 +77,7 @@ def _read_header(path: Path, size: int, changed: int) -> dict[str, dict[str, Any
 
 
 def architecture(path: Path) -> str:
-    """sd1, sd2 or sdxl, by the tensors of a file. Raises UserError for a file that the method cannot use.
+    """sd1, sd2 or sdxl, recognised by a file's tensors. Raises UserError for a file that the method cannot use.
 
     Names of tensors as in diffusers' loaders/single_file_utils.py (CHECKPOINT_KEY_NAMES) and ComfyUI's
     comfy/supported_models.py.
@@ -105,9 +105,9 @@ def architecture(path: Path) -> str:
 
 
 def configs_of(path: Path, given: str | None) -> Path:
-    """The folder of a file's configs, laid out as a diffusers pipeline. Raises UserError.
+    """The folder of a file's configs, in the layout of a diffusers pipeline. Raises UserError if it cannot be found.
 
-    given: `single_file_config`, here and below.
+    given: `single_file_config`, here and in the functions below.
     """
     kind = architecture(path)
     if given is None:
@@ -119,9 +119,10 @@ def configs_of(path: Path, given: str | None) -> Path:
 
 
 def read_json(path: Path, given: str | None, file: str) -> dict[str, Any]:
-    """A JSON file that a pipeline of this checkpoint would have. Raises UserError if it is missing or is none.
+    """A JSON file of this checkpoint's pipeline. Raises UserError if it is missing or is not a JSON object.
 
-    Of the scheduler's, `prediction_type` and `rescale_betas_zero_snr` are what the checkpoint says, if it does.
+    In the scheduler's config, `prediction_type` and `rescale_betas_zero_snr` come from the checkpoint, if it states
+    them.
     """
     source = configs_of(path, given) / file
     try:
@@ -132,11 +133,11 @@ def read_json(path: Path, given: str | None, file: str) -> dict[str, Any]:
 
 
 def stated(path: Path) -> tuple[dict[str, Any], str]:
-    """(prediction_type and rescale_betas_zero_snr as far as a checkpoint states them, what says so).
+    """(prediction_type and rescale_betas_zero_snr as far as a checkpoint states them, the source of that).
 
-    Its tensors v_pred and ztsnr do (ComfyUI's comfy/supported_models.py reads the same), else its name: "vpred" and
-    the like, with zero terminal SNR if it says "ztsnr" or is NoobAI's. Of SD 2.x, whose two kinds have the same
-    tensors, the names of the published files: 768 is v_prediction, 512 and base are epsilon.
+    The source is the tensors v_pred and ztsnr, which ComfyUI's comfy/supported_models.py reads too, or the file's name:
+    "vpred" and similar, with zero terminal SNR if it contains "ztsnr" or is NoobAI's. The two kinds of SD 2.x have the
+    same tensors; there the names of the published files decide: 768 is v_prediction, 512 and base are epsilon.
     """
     header, name = read_header(path), path.stem
     if "v_pred" in header:
@@ -152,7 +153,7 @@ def stated(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def identity(path: Path, given: str | None, part: str) -> str:
-    """Which weights these are, by content: a sample of each tensor of a part, or a tokenizer's files and settings."""
+    """Identifies a part by its content: a sample of each tensor, or a tokenizer's files and settings."""
     digest = hashlib.sha256()
     if part.startswith("tokenizer"):
         folder, settings = tokenizer_of(path, given, part)
@@ -172,9 +173,10 @@ def identity(path: Path, given: str | None, part: str) -> str:
 
 
 def tokenizer_of(path: Path, given: str | None, part: str) -> tuple[Path, dict[str, Any]]:
-    """(where the files of `tokenizer` or `tokenizer_2` are, how it is to pad).
+    """(folder of the files of `tokenizer` or `tokenizer_2`, its padding settings).
 
-    Beside the configs, else the hub's CLIP, which all of them are but for their padding. Raises UserError.
+    The files are beside the configs, or else the hub's CLIP tokenizer: all of these differ from it in padding only.
+    Raises UserError if they cannot be found.
     """
     folder = configs_of(path, given) / part
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
@@ -191,7 +193,7 @@ def tokenizer_of(path: Path, given: str | None, part: str) -> tuple[Path, dict[s
 
 
 def check_parts(path: Path, given: str | None, texts: list[str], vae: bool) -> None:
-    """Raises UserError if the tokenizers of these text encoders cannot be had, or if a VAE is needed and not there."""
+    """Raises UserError if the tokenizers of these text encoders, or a VAE that is needed, cannot be found."""
     for text in texts:
         tokenizer_of(path, given, text.replace("text_encoder", "tokenizer"))
     if vae and not any(name.startswith(PREFIXES[architecture(path)]["vae"]) for name in read_header(path)):
@@ -215,7 +217,7 @@ def load_pipeline(path: Path, given: str | None, kind: Any, dtype: torch.dtype, 
     configs = configs_of(path, given)
     tokenizers = [part for part in ("tokenizer", "tokenizer_2") if part in read_json(path, given, "model_index.json")]
     parts |= {part: load_tokenizer(path, given, part) for part in tokenizers}
-    parts["feature_extractor"] = None  # which SD 1.5's configs name by a class that transformers no longer has
+    parts["feature_extractor"] = None  # SD 1.5's configs name a class for it that transformers no longer has
     with _quiet(), _whole(path, "text encoder"):
         pipe = kind.from_single_file(str(path), config=str(configs), dtype=dtype, local_files_only=True, **parts)
         modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
@@ -226,7 +228,7 @@ def load_pipeline(path: Path, given: str | None, kind: Any, dtype: torch.dtype, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' warnings: of a cast that is as it should be, and of the other parts' tensors in the file."""
+    """Hides diffusers' warnings about an intended cast and about the other parts' tensors in the file."""
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     try:
@@ -237,10 +239,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _whole(path: Path, part: str) -> Iterator[None]:
-    """Turns what diffusers raises for tensors that are missing, or of another shape, into a UserError."""
+    """Turns diffusers' errors for tensors that are missing or have another shape into a UserError."""
     try:
         yield
-    except (NotImplementedError, ValueError, KeyError, RuntimeError) as error:  # the first: left on the meta device
+    except (NotImplementedError, ValueError, KeyError, RuntimeError) as error:  # the first: a tensor on the meta device
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: the {part} of the file is not whole, or of another architecture than its configs ({reason})",

@@ -1,4 +1,4 @@
-"""What a run will do, in words: printed at its start, and in parts on its model card."""
+"""Description of a run in words: printed at its start, and partly used on its model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ncp.training.single_file import is_single_file, load_tokenizer
 def print_summary(
     config: TrainingConfig, accelerator: Accelerator, models: Models, pairs: Pairs, first_step: int
 ) -> None:
-    """Says what the run will do, on the main process."""
+    """Prints what the run will do, on the main process."""
     if not accelerator.is_main_process:
         return
     effective = effective_batch(config, accelerator.num_processes)
@@ -57,7 +57,7 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
     """How many distinct prompts there are, and how many are longer than the text encoder reads."""
     prompts = pc.unique(pairs.columns(["caption"])["caption"].combine_chunks()).to_pylist()
     limit = models.description.text_shape[0]
-    # A token stands for at least a byte: short ones need no counting.
+    # A token covers at least one byte: short prompts need no counting.
     long = [p for p in prompts if len(p.encode()) >= limit // 2]
     name = config.pretrained_model_name_or_path
     if is_single_file(name):
@@ -65,7 +65,7 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
     else:
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=config.revision)
     cut = sum(len(ids) > limit for ids in tokenizer(long, verbose=False).input_ids) if long else 0
-    diffusers.utils.logging.set_verbosity_error()  # which would repeat at every step that a prompt was cut
+    diffusers.utils.logging.set_verbosity_error()  # hides the warning about cut prompts at every step
     return f"{len(prompts):,} distinct" + (
         f"; {cut:,} of them longer than {limit} tokens, the rest is cut off" if cut else ""
     )

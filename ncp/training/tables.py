@@ -1,8 +1,8 @@
 """The table of a dataset in Pick-a-Pic's columns, wherever the dataset is.
 
-Local parquet files of Pick-a-Pic's columns in small row groups are read where they are (ncp/training/rows.py). Of
+Local parquet files with Pick-a-Pic's columns and small row groups are read in place (ncp/training/rows.py). For
 everything else the library `datasets` makes a memory-mapped copy in `cache_dir`, once. A table of `prompt`, `chosen`,
-`rejected` is shown in Pick-a-Pic's columns, chosen first.
+`rejected` is converted to Pick-a-Pic's columns, chosen first.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ncp.training.rows import ParquetRows, can_be_read_in_place, group_sizes, op
 from ncp.training.settings import TrainingConfig
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL = ("has_label", "best_image_uid")  # looked at where a dataset has them
+OPTIONAL = ("has_label", "best_image_uid")  # read if a dataset has them
 CHOSEN_REJECTED = ("prompt", "chosen", "rejected")
-COLUMN_TYPES = {  # by the first word of the name
+COLUMN_TYPES = {  # by the first word of the column's name
     "caption": "text",
     "prompt": "text",
     "image": "text",
@@ -40,11 +40,11 @@ COLUMN_TYPES = {  # by the first word of the name
 
 
 def open_table(config: TrainingConfig) -> tuple[Any, list[Path], list[int]]:
-    """(table in the columns COLUMNS and those of OPTIONAL that are there, its files if local, rows of each file).
+    """(table with COLUMNS and the existing columns of OPTIONAL, its files if local, rows of each file).
 
-    The table has a length, rows as dicts by number, and `select_columns`; `read_columns` reads all of some columns.
-    With `cached_latents` Pick-a-Pic's image columns are not read and need not be there. Raises UserError if the dataset
-    is missing or unreadable, or lacks a column.
+    The table has a length, rows as dicts by number, and `select_columns`; `read_columns` reads whole columns. With
+    `cached_latents` Pick-a-Pic's image columns are not read and may be missing. Raises UserError if the dataset is
+    missing or unreadable, or lacks a column.
     """
     columns = tuple(c for c in COLUMNS if config.cached_latents is None or not c.startswith("jpg"))
     files = list((local_files(config.dataset_name, config.dataset_split) or {}).values())
@@ -74,7 +74,7 @@ def read_columns(table: Any, names: list[str]) -> pa.Table:
     return chosen.read() if isinstance(chosen, ParquetRows) else chosen.with_format("arrow")[:]
 
 
-# ---------------------------------------------------------------- what the files have
+# ---------------------------------------------------------------- columns of the files
 
 
 def is_chosen_rejected(names: list[str]) -> bool:
@@ -82,7 +82,7 @@ def is_chosen_rejected(names: list[str]) -> bool:
 
 
 def column_names(file: Path) -> list[str]:
-    """Raises UserError if it is no parquet file."""
+    """The columns of a parquet file. Raises UserError if it is not one."""
     try:
         return pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
@@ -92,8 +92,8 @@ def column_names(file: Path) -> list[str]:
 def check_files(files: list[Path], columns: tuple[str, ...]) -> list[str]:
     """The OPTIONAL columns that all files have (of Pick-a-Pic's columns only).
 
-    Raises UserError naming the first file that is unreadable, lacks a column, or an optional one of the first's, or has
-    one of a wrong type.
+    Raises UserError naming the first file that is unreadable, lacks a column or an optional column of the first file,
+    or has a column of a wrong type.
     """
     optional: list[str] = []
     for number, file in enumerate(files):
@@ -120,7 +120,7 @@ def column_is_missing(missing: list[str], columns: tuple[str, ...]) -> str:
 
 
 def check_types(schema: pa.Schema, name: str) -> None:
-    """Raises UserError naming the first column that is not text, a number, bytes or an image as it should be."""
+    """Raises UserError naming the first column of a wrong type: not text, a number, bytes or an image as required."""
     tests = {
         "text": lambda t: pt.is_string(t) or pt.is_large_string(t),
         "number": lambda t: pt.is_floating(t) or pt.is_integer(t),
@@ -138,7 +138,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Bytes, or the struct that `datasets` makes of an image: its bytes (of type null if none has any) and path."""
+    """Whether a type is bytes, or the image struct of `datasets`: bytes (type null if no image has any) and path."""
     if not pt.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return is_binary(kind)
     return is_binary(kind.field("bytes").type) or pt.is_null(kind.field("bytes").type)
@@ -148,7 +148,7 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None) -> Any:
-    """The Dataset of these parquet files, or, without any, of the hub's `dataset_name`. Raises UserError."""
+    """The Dataset of these parquet files; without files, of the hub's `dataset_name`. Raises UserError if it fails."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -165,7 +165,7 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
         return builder.as_dataset(split="train" if files else config.dataset_split)
     except UserError:
         raise
-    except Exception as error:  # datasets raises many kinds, for a hub that does not answer among them
+    except Exception as error:  # datasets raises many kinds, also if the hub does not answer
         if files:
             raise UserError(f"{config.dataset_name}: cannot be copied to cache_dir: {hub.reason(error)}") from None
         raise UserError(
@@ -174,7 +174,7 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
 
 
 def check_room_for_copy(folder: Path, builder: Any, files: list[Path], columns: list[str]) -> None:
-    """Says how much disk the copy takes and where, unless it is there. Raises UserError if the disk has no room."""
+    """Prints the size and place of the copy, unless it exists already. Raises UserError if the disk has no room."""
     if Path(builder.cache_dir).exists() or os.environ.get("RANK", "0") != "0":  # the first process makes it for all
         return
     if files:
@@ -194,10 +194,10 @@ def check_room_for_copy(folder: Path, builder: Any, files: list[Path], columns: 
 
 
 def as_pickapic(table: Any, name: str) -> Any:
-    """A Dataset of prompt, chosen, rejected in COLUMNS: the chosen image is image 0, and wins. Images are not copied.
+    """A Dataset of prompt, chosen, rejected with COLUMNS: the chosen image is image 0, the winner. No image is copied.
 
-    A uid is 32 digits of the sha256 of the image's bytes, as in prepare_preferences.py: it does not depend on where a
-    row stands, so that a checkpoint or a cache of latents knows the same image again. All images are read for it.
+    A uid is 32 digits of the sha256 of the image's bytes, as in prepare_preferences.py. It does not depend on the row's
+    position, so a checkpoint or a cache of latents recognises the same image. All images are read to compute it.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Which weight files a pipeline has: a run that would not find what it loads is refused before it loads anything."""
+"""Checks that a pipeline has the weight files that a run loads, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ncp.training.settings import TrainingConfig
 
 
 def check_weights(config: TrainingConfig, texts: list[str]) -> None:
-    """Raises UserError if a part that this run loads is not there, in .safetensors files and in the variant.
+    """Raises UserError if a part that this run loads has no .safetensors files of the variant.
 
-    texts: names of the text encoders. They may lack the variant, in which case diffusers takes what is there. The hub
-    is asked for its list of files; without an answer nothing is checked.
+    texts: names of the text encoders. They may lack the variant: diffusers then takes the files without it. For a hub
+    model the hub's list of files is used; without an answer nothing is checked.
     """
     name = config.pretrained_model_name_or_path
     encodes, own_vae = config.cached_latents is None, config.pretrained_vae_model_name_or_path is None

@@ -20,7 +20,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def lora_state(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The LoRA weights as they train: peft's names, float32."""
+    """The LoRA weights of the training U-Net: peft's names, float32."""
     return {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
 
 
@@ -34,13 +34,13 @@ def _save(models: Models, path: Path) -> None:
         path.parent,
         weight_name=path.name,
         unet_lora_layers=convert_state_dict_to_diffusers(lora_state(models.unet)),
-        # Without the metadata a loader takes alpha = rank.
+        # Without the metadata a loader assumes alpha = rank.
         **_collate_lora_metadata({"unet": models.unet}),
     )
 
 
 def load_lora(models: Models, folder: Path) -> None:
-    """Puts the weights of `save_lora` back into the training U-Net, to the bit. Raises UserError if they do not fit."""
+    """Loads exactly the weights of `save_lora` into the training U-Net. Raises UserError if they do not fit."""
     saved = load_file(folder / WEIGHTS)
     state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in saved.items()})
     own = lora_state(models.unet)
@@ -50,10 +50,10 @@ def load_lora(models: Models, folder: Path) -> None:
 
 
 def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """(the LoRA of a U-Net in a file of diffusers' format, under peft's names; its alpha).
+    """(LoRA of a U-Net, read from a file in diffusers' format, under peft's names; its alpha).
 
-    Raises UserError for a file that cannot be read, or that holds anything beside plain LoRA layers of one rank and
-    alpha on a U-Net.
+    Raises UserError for a file that cannot be read, or that holds anything else than plain LoRA layers of one rank and
+    one alpha on a U-Net.
     """
     try:
         saved = load_file(file)
@@ -76,4 +76,4 @@ def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], float]:
         raise UserError(
             f"{file}: expected one rank and one alpha for all layers{f', not {special[0]}' if special else ''}"
         )
-    return state, float(told.get("unet.lora_alpha", ranks.pop()))  # diffusers takes a missing alpha as rank, too
+    return state, float(told.get("unet.lora_alpha", ranks.pop()))  # diffusers too uses the rank if alpha is missing
