@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ import train_ncp_cpo
 import train_ncp_sft
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
-from ncp.common.files import write_file
+from ncp.common.files import explain_write_errors, write_file
 from ncp.common.lock import is_empty, one_writer
 from ncp.common.processes import end_with_parent
 from ncp.training import cache
@@ -209,15 +208,6 @@ def write_shards(
             write_file(cache.shard_path(folder, kind, number), partial(save_file, tensors))
 
 
-@contextmanager
-def naming_the_folder(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cached_latents: cannot write to {folder} ({reason})", everywhere=False) from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     config = replace(parse(Config, argv, description=__doc__), report_to="none")
     if config.cached_latents is None:
@@ -233,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.print(f"{folder} already holds this cache; nothing to do")
         return
     print_plan(config, wanted, len(todo), cache.sizes(config, description), accelerator)
-    with naming_the_folder(folder), one_writer(folder, processes=accelerator):
+    refused = explain_write_errors(f"cached_latents: cannot write to {folder}", everywhere=False)
+    with refused, one_writer(folder, processes=accelerator):
         if missing_shards(folder, wanted, kinds) != todo:
             raise UserError(f"cached_latents: another run has just written to {folder}; start again")
         accelerator.wait_for_everyone()  # all processes have checked the folder before one writes

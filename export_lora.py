@@ -14,8 +14,7 @@ once to `precision`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ncp.common.config import option, parse, read_yaml
 from ncp.common.errors import UserError, run_program
-from ncp.common.files import write_file
+from ncp.common.files import explain_write_errors, write_file
 from ncp.common.lock import is_empty
 from ncp.training.checkpoints import fault, read_manifest
 from ncp.training.fuse import STATED, check_base, fused_pipeline, layers, save_pipeline
@@ -83,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     facts, version, step = told_by(folder, settings)
     metadata = kohya_metadata(output.stem, state, alpha, settings, version, step, facts)
-    with explain_write_errors(output):
+    with explain_write_errors(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         save_kohya(output, kohya_state(state, alpha, dtype), metadata)
     print(f"wrote {output} ({what}): for models/loras of ComfyUI, models/Lora of Forge and AUTOMATIC1111")
@@ -136,7 +134,7 @@ def write_fused(
     base = SimpleNamespace(**{key: settings.get(key) for key in BASE_KEYS})
     check_base(base, state)
     pipe = fused_pipeline(base, state, alpha, dtype)
-    with explain_write_errors(output):
+    with explain_write_errors(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_file(output, partial(save_pipeline, pipe))
 
@@ -164,16 +162,6 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, in order of step."""
     found = [c for c in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", c.name)]
     return sorted(found, key=lambda c: int(c.name.rpartition("-")[2]))
-
-
-@contextmanager
-def explain_write_errors(output: Path) -> Iterator[None]:
-    """Turns a failed write inside the block into a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output: cannot write {output} ({reason})") from None
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ input. `report.html` shows them, with samples of kept and removed pairs. docs/fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from filtering.copy import copy_pairs, output_names
@@ -52,6 +51,7 @@ from filtering.settings import FilterConfig
 from filtering.source import open_shards, read_metadata
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
+from ncp.common.files import explain_write_errors
 from ncp.common.lock import one_writer
 
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     findings = gather(judgements, decision)
     del judgements  # frees 250 MB for the copy
     names = output_names(len(decision.row), config)
-    with explain_write_errors(folder), one_writer(folder, config.shard):
+    with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder, config.shard):
         if is_finished(folder, config.dataset_name, plan):
             raise UserError(f"output_dir: another run has just finished {folder}")
         mark_unfinished(folder, plan, config.shard)
@@ -89,15 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_report(shards, manifest, findings, config)
         write_manifest(folder, manifest)
     print(f"wrote {len(decision.row):,} pairs to {folder}; what was kept and removed: {folder / 'report.html'}")
-
-
-@contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns a failed write inside the block into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ finished file. The counts in manifest.json add up: pairs = dropped (by reason) +
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
-from ncp.common.files import write_file
+from ncp.common.files import explain_write_errors, write_file
 from ncp.common.lock import one_writer
 from preparing.manifest import (
     describe_output,
@@ -65,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = images_folder(config)
     plan, folder = describe_run(files, config), Path(config.output_dir)
     refuse_inside(folder, config)
-    if find_progress(folder, plan)[2]:
-        print(f"{folder} already holds this; nothing to do")
+    before, _, finished = find_progress(folder, plan)
+    if finished:
+        bad = before.dropped["missing_image"] + before.dropped["unreadable_image"]
+        without = f" (bad images: {bad:,} pairs are left out; to try them again, delete it first)" if bad else ""
+        print(f"{folder} already holds this{without}; nothing to do")
         return
-    with explain_write_errors(folder), one_writer(folder):
+    with explain_write_errors(f"output_dir: cannot write to {folder}"), one_writer(folder):
         tally, outputs, finished = find_progress(folder, plan)
         if finished:
             raise UserError(f"output_dir: another run has just finished {folder}")
@@ -101,15 +103,6 @@ def refuse_inside(folder: Path, config: PrepareConfig) -> None:
     dataset = Path(config.dataset_name)
     if dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
         raise UserError(f"output_dir: {folder} lies inside the dataset; choose a folder outside {dataset}")
-
-
-@contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns a failed write inside the block into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

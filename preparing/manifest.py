@@ -13,7 +13,7 @@ from typing import Any
 
 from ncp import __version__
 from ncp.common.errors import UserError
-from ncp.common.files import remove, sha256, write_text
+from ncp.common.files import remove, sampled_sha256, sha256, write_text
 from ncp.common.lock import is_empty
 from preparing.settings import PrepareConfig
 from preparing.write import Tally
@@ -28,7 +28,10 @@ def describe_run(files: dict[str, Path], config: PrepareConfig) -> dict[str, Any
         "tool": "prepare_preferences",
         "version": __version__,
         "options": {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE} | {"question": config.asked},
-        "inputs": [{"file": name, "size": path.stat().st_size} for name, path in files.items()],
+        "inputs": [
+            {"file": name, "size": path.stat().st_size, "sampled_sha256": sampled_sha256([path])}
+            for name, path in files.items()
+        ],
     }
 
 

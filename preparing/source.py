@@ -52,9 +52,10 @@ def check_files(files: Iterable[Path], config: PrepareConfig) -> None:
         if first is None:
             raise UserError(f"{file}: there is not a single row")
         if missing := [c for c in needed if c not in first]:
+            found = pq.read_schema(file).names if file.suffix == ".parquet" else list(first)
             raise UserError(
                 f"{file}: column {', '.join(missing)} is missing; format {config.format} reads {', '.join(needed)}; "
-                f"the file has {', '.join(map(str, list(first)[:30]))}"
+                f"the file has {', '.join(map(str, found[:30]))}"
             )
 
 

@@ -1,6 +1,6 @@
 """Tables and plots of a plan's results, from study/results/PLAN.csv alone.
 
-    python -m study.report objectives
+    python -m study.report dpo
 
 For each arm: score, gain and win-rate over the base, winner drift, seconds. For each pair of arms: the win-rate of one
 over the other (same prompt, same noise, same position in the list of seeds) at the last step, and the difference of

@@ -1,6 +1,6 @@
 """Runs a plan: filters, trains, draws and scores with the project's own programs, and writes one table.
 
-    python -m study.run study/plans/objectives.yaml
+    python -m study.run study/plans/dpo.yaml
 
 After an interruption the same command continues: runs resume from their newest checkpoint, and existing images and
 scores are kept. The table is study/results/PLAN.csv: one row per arm, seed, checkpoint and judge, with the score of

@@ -1,4 +1,4 @@
-"""What small random judges are made of: sizes, a processor, and weights in open_clip's layout."""
+"""What small random judges are made of (sizes, a processor, open_clip weights), and what they are given."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from pipelines import tokenizer
+
+from evaluation.protocol import EvaluationConfig
+from ncp.common.config import parse
 
 SIDE, WIDTH, DIMENSION, HEADS, LAYERS, PATCH, VOCABULARY = 32, 64, 24, 16, 2, 8, 514
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CPU = torch.device("cpu")
+
+
+def config(*extra: str, kind: type[EvaluationConfig] = EvaluationConfig) -> EvaluationConfig:
+    """The evaluation's settings, with `extra`."""
+    return parse(kind, ["--pretrained_model_name_or_path", "m", "--prompts", "p", "--output_dir", "o",
+                          "--scorers", "clip", *map(str, extra)])  # fmt: skip
+
+
+def normalised_pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """(N, 3, H, W), as the published judges see pictures of their size."""
+    x = torch.stack([torch.from_numpy(np.asarray(p).copy()) for p in pictures]).permute(0, 3, 1, 2) / 255
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def save_processor(folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from pipelines import SIDE, save_dataset, save_pipeline
+from runs import call
 
 import train_ncp_dpo
 import train_ncp_sft
@@ -41,11 +41,9 @@ def runs(tmp_path_factory):
             "lora_alpha": alpha,
             "push_to_hub": "true",
         }
-        for state in (AcceleratorState, PartialState):
-            state._reset_state()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hub, "upload", lambda *arguments: found.update(uploaded=arguments[3]))
-            script.main([str(x) for key, value in settings.items() for x in (f"--{key}", value)])
+            call(script.main, [str(x) for key, value in settings.items() for x in (f"--{key}", value)])
         found[kind] = (folder / f"{kind} [tuned]", base, rank, alpha)
     return found
 

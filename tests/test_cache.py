@@ -1,5 +1,6 @@
 """Training from a cache is training from pixels: same batches, nothing encoded twice, nothing half-written."""
 
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -357,6 +358,20 @@ def test_a_cache_that_cannot_be_made_is_refused_in_one_line(assets, tmp_path, mo
     error = refusal(cache_latents.main, arguments(assets, tmp_path / "out", *extra), capsys)
     assert error.count("\n") == 1 and message in error
     assert files_of(assets / "cached-sd") == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_shards_are_written_is_one_line_and_the_cache_goes_on(assets, tmp_path, capsys):
+    argv = arguments(assets, tmp_path / "-", "--cached_latents", str(tmp_path / "c"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the shard of images is larger
+    try:
+        said = refusal(cache_latents.main, argv, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"error: cached_latents: cannot write to {tmp_path / 'c'} (" in said and "File too large" in said
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["images.parquet", "manifest.json", "prompts.parquet"]
+    call(cache_latents.main, argv)
+    assert files_of(tmp_path / "c") == files_of(assets / "cached-sd")
 
 
 def test_a_row_without_a_uid_is_not_cached(assets, tmp_path):

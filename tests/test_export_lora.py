@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lora_runs
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from lora_runs import draw
+from pipelines import save_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import python
@@ -17,7 +19,7 @@ from support import python
 import export_lora
 from ncp.common import files
 from ncp.common.errors import UserError
-from ncp.training.fuse import fuse
+from ncp.training.fuse import STATED, fuse, fused_pipeline
 from ncp.training.weights import WEIGHTS
 
 runs = lora_runs.runs
@@ -149,6 +151,25 @@ def test_another_base_can_be_named(runs, tmp_path):
     unet.save_pretrained(other / "unet")
     export("--lora", out, "--fuse", "--pretrained_model_name_or_path", other, "--output", tmp_path / "fused")
     torch.testing.assert_close(draw(tmp_path / "fused"), draw(other, out / WEIGHTS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "key", "value"),
+    [
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr", False),
+        ({"prediction_type": "v_prediction"}, "rescale_betas_zero_snr", True),
+        ({"prediction_type": "v_prediction"}, "prediction_type", "epsilon"),
+        ({}, "prediction_type", "sample"),
+    ],
+)
+def test_a_fused_pipeline_has_the_schedule_that_training_saw(tmp_path, own, key, value):
+    base = save_pipeline(tmp_path / "base", **own)
+    stated = {"revision": None, "variant": None, "single_file_config": None, **dict.fromkeys(STATED)}
+    settings = {"pretrained_model_name_or_path": str(base), **stated}
+    untouched = fused_pipeline(SimpleNamespace(**settings), {}, 1.0, torch.float32).scheduler
+    assert type(untouched).__name__ == "DDPMScheduler"  # the base's own
+    seen = fused_pipeline(SimpleNamespace(**{**settings, key: value}), {}, 1.0, torch.float32).scheduler.config
+    assert seen[key] == value
 
 
 # ---------------------------------------------------------------- what it refuses

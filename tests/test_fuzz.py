@@ -22,7 +22,7 @@ from ncp.training.images import Unreadable, decode_image, resize_crop_flip
 from ncp.training.weights import WEIGHTS
 
 TOKEN = "hf_" + "a1B2" * 9
-ROOMS = ("ncp", "filtering", "evaluation", "tiny", "benchmarks", "study", "docs")
+ROOMS = ("ncp", "preparing", "filtering", "evaluation", "tiny", "benchmarks", "study", "docs")
 
 
 class Loaded(BaseException):

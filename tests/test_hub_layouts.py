@@ -7,24 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from fake_hub import FakeHub, run_scripts
 from layouts import build, save_as_on_hub
 from pipelines import SIDE, save_dataset
+from runs import SCRIPTS, call
 from safetensors.torch import load_file
 
-import train_ncp_cpo
 import train_ncp_dpo
-import train_ncp_sft
-from ncp.common import lock
 from ncp.common.config import parse
 from ncp.common.errors import UserError
 from ncp.training.models import load_pipe
 from ncp.training.pipeline import describe
 from ncp.training.weight_files import check_files
 from ncp.training.weights import WEIGHTS
-
-SCRIPTS = {"dpo": train_ncp_dpo, "cpo": train_ncp_cpo, "sft": train_ncp_sft}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +45,7 @@ def arguments(assets: Path, output: Path, model: str, *extra: str) -> list[str]:
 
 
 def run(kind: str, argv: list[str]) -> None:
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    try:
-        SCRIPTS[kind].main(argv)
-    finally:
-        lock.release()
+    call(SCRIPTS[kind].main, argv)
 
 
 @pytest.mark.parametrize(("model", "kind"), [("sd", "dpo"), ("sd", "cpo"), ("xl", "dpo"), ("xl", "sft")])

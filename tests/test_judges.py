@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from evaluations import recording
+from judges import CPU, MEAN, STD, config, normalised_pixels, save_processor
 from PIL import Image
 from pipelines import tokenizer
 from safetensors.torch import save_file
-from test_scorers import CPU, MEAN, STD, config, normalised_pixels, save_processor
 
 from evaluation import imagereward, mps
 from evaluation.imagereward import imagereward_scorer

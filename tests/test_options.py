@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from runs import SCRIPTS, arguments, run_here, weights
+from support import ROOT
 
 from ncp.training.settings import TrainingConfig
 from ncp.training.weights import lora_state
@@ -53,6 +56,7 @@ SHARED = [
     (["--prediction_type", "epsilon"], None),  # of two of the three models
     (["--prediction_type", "sample"], OTHER),
     (["--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "true"], OTHER),
+    (["--report_to", "tensorboard", "--tracker_project_name", "mine"], SAME),
 ]
 CASES = [(kind, *option) for kind in SCRIPTS for option in OPTIONS]
 CASES += [(kind, *option) for kind, option in zip(itertools.cycle(SCRIPTS), SHARED, strict=False)]
@@ -63,7 +67,7 @@ ELSEWHERE = frozenset(
     """
     single_file_config revision variant pretrained_vae_model_name_or_path dataset_split
     cached_latents corrupt_images torch_compile
-    resume_from_checkpoint heldout_pairs heldout_steps warn_winner_drift max_winner_drift tracker_project_name
+    resume_from_checkpoint heldout_pairs heldout_steps warn_winner_drift max_winner_drift
     validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale validation_seed
     push_to_hub hub_model_id hub_private_repo max_skipped_steps gradient_accumulation_steps
     """.split()  # noqa: SIM905 (a list of twenty quoted names is harder to read)
@@ -118,9 +122,7 @@ def run_with(assets, folder, kind: str, extra: list[str]) -> None:
     assert {key for key in given(argv) if not read & {key, *PROPERTIES.get(key, ())}} <= {"cache_dir"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "extra", "effect"), CASES, ids=[f"{kind}{'-'.join(extra)}" for kind, extra, _ in CASES]
-)
+@pytest.mark.parametrize(("kind", "extra", "effect"), CASES, ids=NAMES)
 def test_every_value_of_every_option_runs(assets, plain, tmp_path, kind, extra, effect):
     if "--time_ids" in extra:
         effect = OTHER if MODELS.get(kind) == "xl" else SAME
@@ -131,6 +133,8 @@ def test_every_value_of_every_option_runs(assets, plain, tmp_path, kind, extra, 
         assert same == (effect == SAME)
     if "--rank" in extra:
         assert {min(v.shape) for v in found.values()} == {4}
+    if "--tracker_project_name" in extra:
+        assert any((tmp_path / "out" / "logs" / "mine").glob("events*"))
     if "--checkpoints_total_limit" in extra:
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -151,3 +155,10 @@ def test_no_option_is_left_out_here(assets, tmp_path, kind):
     )
     keys = {f.name for f in dataclasses.fields(SCRIPTS[kind].Config)}
     assert keys - tried == ELSEWHERE and tried <= keys
+
+
+@pytest.mark.parametrize("key", sorted(ELSEWHERE))
+def test_another_file_tries_what_is_left_out_here(key):
+    """As `--key`, or as the name of a setting that a test puts together."""
+    files = [f for f in (ROOT / "tests").glob("*.py") if f.name != Path(__file__).name]
+    assert any(re.search(rf"--{key}\b|[\"'{{ ]{key}[\"']?[:=]", f.read_text(encoding="utf-8")) for f in files)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from pipelines import SIDE, save_dataset, save_pipeline, scheduler
+from runs import call
 from safetensors.torch import load_file
 
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
-from ncp.common import lock
 from ncp.ddpm import PREDICTION_TYPES, abar_at, add_noise, posterior, previous, reverse_step, to_epsilon, to_x0
 from ncp.training.weights import WEIGHTS
 
@@ -144,8 +143,6 @@ def test_scripts_train_at_zero_snr_on_perceptual_losses_and_learn_nothing_there_
     assets, tmp_path, monkeypatch, script, space, kind
 ):
     monkeypatch.setattr("ncp.training.run.print_estimate", lambda *_: None)
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     settings = {
         "pretrained_model_name_or_path": assets / "sd", "prediction_type": kind, "rescale_betas_zero_snr": "true",
         "timestep_offset": T - 1,  # t is T - 1 in every sample
@@ -153,10 +150,7 @@ def test_scripts_train_at_zero_snr_on_perceptual_losses_and_learn_nothing_there_
         "resolution": SIDE, "mixed_precision": "no", "max_train_steps": 2, "learning_rate": 1e-3, "rank": 4,
         "use_8bit_adam": "false", "dataloader_num_workers": 0, "report_to": "none",
     }  # fmt: skip
-    try:
-        script.main([str(a) for key, value in settings.items() for a in (f"--{key}", value)])
-    finally:
-        lock.release()
+    call(script.main, [str(a) for key, value in settings.items() for a in (f"--{key}", value)])
     weights = load_file(tmp_path / "out" / WEIGHTS)
     assert all(v.isfinite().all() for v in weights.values())
     learned = max(v.abs().max() for name, v in weights.items() if "lora.up" in name)

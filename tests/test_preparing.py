@@ -4,14 +4,15 @@ import json
 import signal
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 from filter_data import filtered
 from pipelines import SIDE, save_pipeline
 from preference_sets import PROMPTS, SETS, hpdv2, picture, prepared, save_chosen_rejected
+from runs import call
 from support import python, started, wait_for
 
 import prepare_preferences
@@ -63,14 +64,12 @@ def test_a_set_is_converted_filtered_and_trained_on(pipeline, tmp_path, capsys, 
 
 def train(pipeline, data, out, *extra: object) -> None:
     """Two steps of NCP-DPO."""
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
     settings = {
         "pretrained_model_name_or_path": pipeline, "dataset_name": data, "output_dir": out, "resolution": SIDE,
         "cache_dir": out.parent / "arrow", "mixed_precision": "no", "max_train_steps": 2, "train_batch_size": 2,
         "rank": 4, "use_8bit_adam": "false", "report_to": "none", "dataloader_num_workers": 0,
     }  # fmt: skip
-    train_ncp_dpo.main([*(str(a) for k, v in settings.items() for a in (f"--{k}", v)), *map(str, extra)])
+    call(train_ncp_dpo.main, [*(str(a) for k, v in settings.items() for a in (f"--{k}", v)), *map(str, extra)])
     assert (out / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -352,6 +351,10 @@ REFUSED = {
         ["--format", "hpdv3"],
         r"train\.json: column path1, path2 is missing; format hpdv3 reads prompt, path1, path2; the file has prompt, f",
     ),
+    "another format in parquet": (
+        ["--dataset_name", "{tmp}/other.parquet"],
+        r"column prompt, file_path, human_preference is missing; .*; the file has prompts, votes$",
+    ),
     "broken JSON": (["--dataset_name", "{tmp}/broken.json"], r"broken\.json: not valid JSON"),
     "cut JSON": (["--dataset_name", "{tmp}/cut.json"], r"cut\.json: .*(not valid JSON|has no end)"),
     "no rows but numbers": (["--dataset_name", "{tmp}/numbers.json"], r"expected rows of names and values, found int"),
@@ -384,6 +387,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, case):
         "numbers.json": b"[1, 2]", "binary.json": b"\xff\xfe\x00", "bad.parquet": b"PAR1", "empty.json": b"[]",
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
+    pq.write_table(pa.table({"prompts": ["a"], "votes": [1]}), tmp_path / "other.parquet")
     (tmp_path / "json").mkdir()
     (tmp_path / "json/a.json").write_text("[]")
     (tmp_path / "json/b.csv").write_text("")
@@ -400,6 +404,27 @@ def test_an_output_inside_the_dataset_is_refused(tmp_path):
     arguments = SETS["chosen_rejected"](tmp_path)
     with pytest.raises(UserError, match="lies inside the dataset"):
         prepared(arguments, tmp_path / "out")
+
+
+def test_another_input_of_the_same_name_and_size_is_refused(tmp_path):
+    arguments = SETS["hpdv3"](tmp_path)
+    prepared(arguments, tmp_path / "out")
+    file = Path(arguments[arguments.index("--dataset_name") + 1])
+    text = file.read_text()
+    file.write_text(text.replace(PROMPTS[0], PROMPTS[0][::-1]))
+    assert file.stat().st_size == len(text.encode()) and file.read_text() != text
+    with pytest.raises(UserError, match=r"another run's output \(other inputs\)"):
+        prepared(arguments, tmp_path / "out")
+
+
+def test_a_finished_folder_says_what_it_was_made_without(tmp_path, capsys):
+    arguments = hpdv2(tmp_path)
+    (tmp_path / "train" / "02.jpg").unlink()  # of one pair
+    prepared(arguments, tmp_path / "out", "--bad_images", "skip")
+    capsys.readouterr()
+    prepare_preferences.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "already holds this (bad images: 1 pairs are left out; to try them again, delete it first)" in said
 
 
 def test_a_changed_output_is_refused(tmp_path):

@@ -8,25 +8,31 @@ import numpy as np
 import pytest
 import torch
 from evaluations import recording
-from judges import DIMENSION, HEADS, LAYERS, MEAN, PATCH, SIDE, STD, VOCABULARY, WIDTH, open_clip_state, save_processor
+from judges import (
+    CPU,
+    DIMENSION,
+    HEADS,
+    LAYERS,
+    PATCH,
+    SIDE,
+    VOCABULARY,
+    WIDTH,
+    config,
+    normalised_pixels,
+    open_clip_state,
+    save_processor,
+)
 from PIL import Image
 from pipelines import tokenizer
 from transformers import CLIPConfig, CLIPModel
 
 from evaluation.open_clip import clip_from_open_clip
-from evaluation.protocol import WEIGHT_KEYS, EvaluationConfig
+from evaluation.protocol import WEIGHT_KEYS
 from evaluation.scorers import load_scorer
-from ncp.common.config import parse
 from ncp.common.errors import UserError
 from tiny import oracle, world
 
 PROMPTS = ["a cat", "a much longer prompt about two dogs", "x"]
-CPU = torch.device("cpu")
-
-
-def config(*extra: str, kind: type[EvaluationConfig] = EvaluationConfig) -> EvaluationConfig:
-    return parse(kind, ["--pretrained_model_name_or_path", "m", "--prompts", "p", "--output_dir", "o",
-                          "--scorers", "clip", *map(str, extra)])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +57,6 @@ def clip_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     save_processor(folder)
     return folder
-
-
-def normalised_pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    x = torch.stack([torch.from_numpy(np.asarray(p).copy()) for p in pictures]).permute(0, 3, 1, 2) / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def tokens(prompt: str) -> torch.Tensor:

@@ -107,15 +107,17 @@ def test_another_vae_is_used(assets, tmp_path):
     assert m.pipe.vae.config.scaling_factor == 0.25
 
 
-def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("private", [True, False])
+def test_push_to_hub_uploads_what_a_reader_needs(assets, tmp_path, monkeypatch, private):
     import huggingface_hub
 
     calls = {}
     reply = type("Repo", (), {"repo_id": "me/mine"})
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **kw: calls.update(name=name, **kw) or reply)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kw: calls.update(kw))
-    run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine"))
-    assert calls["name"] == calls["repo_id"] == "me/mine" and calls["private"] is True
+    extra = [] if private else ["--hub_private_repo", "false"]
+    run_here("sft", arguments(assets, tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/mine", *extra))
+    assert calls["name"] == calls["repo_id"] == "me/mine" and calls["private"] is private
     assert calls["folder_path"] == tmp_path / "out"
     wanted = {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "environment.yaml"}
     assert wanted <= set(calls["allow_patterns"])

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from layouts import build, ldm_unet, ldm_vae, save_as_on_hub, single_file
 from pipelines import SIDE, save_dataset, tokenizer
+from runs import call
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import cache_latents
 import export_lora
 import train_ncp_dpo
-from ncp.common import hub, lock
+from ncp.common import hub
 from ncp.common.config import parse, read_yaml
 from ncp.common.errors import UserError
 from ncp.training import memory, resume
@@ -55,12 +55,7 @@ def arguments(assets: Path, output: Path, file: str, *extra: str) -> list[str]:
 
 
 def run(argv: list[str], script=train_ncp_dpo) -> None:
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    try:
-        script.main(argv)
-    finally:
-        lock.release()
+    call(script.main, argv)
 
 
 @pytest.fixture(autouse=True)

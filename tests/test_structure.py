@@ -112,3 +112,11 @@ def test_the_three_mains_are_equal_but_for_the_objective():
             text = text.replace(word, "...")
         mains[kind] = text
     assert mains["dpo"] == mains["cpo"] == mains["sft"]
+
+
+def test_tests_share_through_modules_that_are_no_tests():
+    files = sorted((ROOT / "tests").glob("*.py"))
+    assert len(files) > 50
+    trees = {file.name: ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    taken = {name: [n.module for n in tree if isinstance(n, ast.ImportFrom)] for name, tree in trees.items()}
+    assert {name for name, modules in taken.items() if any(str(m).startswith("test_") for m in modules)} == set()

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from fake_hub import FakeHub
 from pipelines import SIDE, save_dataset, save_pipeline
 from preference_sets import PROMPTS, picture, prepared, save_chosen_rejected
+from runs import call
 from safetensors.torch import load_file
 from support import python
 
@@ -228,27 +228,19 @@ def test_other_columns_are_refused_in_a_line(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def reset() -> None:
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-
-
 def test_training_from_pixels_and_from_a_cache(pipeline, tmp_path):
     save_chosen_rejected(tmp_path / "data/train.parquet")
     argv = arguments(tmp_path / "data", tmp_path, pretrained_model_name_or_path=pipeline, heldout_pairs=1)
-    reset()
-    train_ncp_dpo.main(argv)
+    call(train_ncp_dpo.main, argv)
     cached = [*argv, "--cached_latents", str(tmp_path / "cache")]
-    reset()
-    cache_latents.main(cached)
+    call(cache_latents.main, cached)
     shutil.rmtree(tmp_path / "lora")
-    reset()
-    train_ncp_dpo.main(cached)
+    call(train_ncp_dpo.main, cached)
     assert (tmp_path / "lora/pytorch_lora_weights.safetensors").is_file()
     # The cache knows the images by their bytes: it also serves the dataset that was made of this one.
     prepared(["--format", "chosen_rejected", "--dataset_name", tmp_path / "data"], tmp_path / "out")
-    reset()
-    train_ncp_dpo.main([*cached, "--dataset_name", str(tmp_path / "out"), "--output_dir", str(tmp_path / "other")])
+    argv = [*cached, "--dataset_name", str(tmp_path / "out"), "--output_dir", str(tmp_path / "other")]
+    call(train_ncp_dpo.main, argv)
     first, second = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("lora", "other"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 

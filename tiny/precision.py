@@ -267,7 +267,6 @@ class Comparison:
     logit_error: float  # root mean square of the error; below, of the logit
     logit: float
     zeros: float  # share of the gradient's elements that are wrongly 0
-    below_epsilon: float  # share of the true elements below AdamW's epsilon of 1e-8
 
 
 def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **keys: Any) -> Comparison:
@@ -284,7 +283,6 @@ def compare(s: Setting, objective: str, dtype: torch.dtype, t: torch.Tensor, **k
         logit_error=error,
         logit=rms,
         zeros=float((ours.gradient[nonzero] == 0).double().mean()),
-        below_epsilon=float((exact.gradient[nonzero].abs() < 1e-8).double().mean()),
     )
 
 

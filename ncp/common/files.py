@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from ncp.common.errors import UserError
 
 SAMPLE_BYTES = 1 << 16
 UMASK = os.umask(0o022)  # the umask can only be read by setting it
@@ -28,6 +33,18 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         put_in_place(temporary, path)
     finally:
         remove(temporary)
+
+
+@contextmanager
+def explain_write_errors(what: str, everywhere: bool = True) -> Iterator[None]:
+    """Turns a failed write inside the block into a UserError: `what`, such as "cannot write to X", and the reason.
+
+    everywhere: whether every process meets it (see UserError).
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error
+        raise UserError(f"{what} ({getattr(error, 'strerror', None) or error})", everywhere) from None
 
 
 def write_text(path: Path, text: str, newline: str | None = None) -> None:

@@ -99,5 +99,4 @@ def grid(rows: dict[str, list[Image.Image]], prompts: list[str], cell: int = 160
 
 
 def _wrap(text: str, width: int, most: int = 3) -> list[str]:
-
     return textwrap.wrap(text, max(8, width), max_lines=most, placeholder=" ...") or [""]

@@ -16,7 +16,7 @@ from ncp.common.errors import UserError
 from ncp.training import single_file
 from ncp.training.pipeline import PIPELINES, read_json, read_schedule, scheduler_like
 
-STATED = ("prediction_type", "rescale_betas_zero_snr")
+STATED = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}  # and what a config means that is silent
 
 
 def check_base(base: Any, state: Mapping[str, torch.Tensor]) -> Any:
@@ -83,7 +83,7 @@ def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, d
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **where)
             fuse(unet, state, alpha)
             pipe = kind.from_pretrained(name, unet=unet.to(dtype), dtype=dtype, **extra, **where)
-    if any(pipe.scheduler.config.get(key) != schedule.get(key) for key in STATED if schedule.get(key)):
+    if any((pipe.scheduler.config.get(k) or silent) != (schedule.get(k) or silent) for k, silent in STATED.items()):
         pipe.register_modules(scheduler=scheduler_like(DDIMScheduler, schedule))
     return pipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,13 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
 
 
 def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path) -> str:
-    """How the mathematics of a checkpoint's run and this one differ, in words; empty if it is the same run."""
-    made = {**read_yaml(checkpoint / "config.yaml"), **read_manifest(checkpoint).get("inputs", {})}
+    """How the mathematics of a checkpoint's run and this one differ, in words; empty if it is the same run.
+
+    A key that all scripts share and the checkpoint lacks, since it is newer, counts as its default.
+    """
+    shared = fields(TrainingConfig)
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in shared}
+    made = {**defaults, **read_yaml(checkpoint / "config.yaml"), **read_manifest(checkpoint).get("inputs", {})}
     wanted = {**asdict(config), **inputs}
     keys = [k for k in {**made, **wanted} if k not in MAY_CHANGE and made.get(k) != wanted.get(k)]
     # A digest alone does not say what differs.

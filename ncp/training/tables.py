@@ -160,7 +160,7 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
             )
         else:
             builder = datasets.load_dataset_builder(config.dataset_name, cache_dir=config.cache_dir)
-        announce(Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE), builder, files, columns or [])
+        check_room_for_copy(Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE), builder, files, columns or [])
         builder.download_and_prepare()
         return builder.as_dataset(split="train" if files else config.dataset_split)
     except UserError:
@@ -173,7 +173,7 @@ def copied(config: TrainingConfig, files: list[Path], columns: list[str] | None)
         ) from None
 
 
-def announce(folder: Path, builder: Any, files: list[Path], columns: list[str]) -> None:
+def check_room_for_copy(folder: Path, builder: Any, files: list[Path], columns: list[str]) -> None:
     """Prints the size and place of the copy, unless it exists already. Raises UserError if the disk has no room."""
     if Path(builder.cache_dir).exists() or os.environ.get("RANK", "0") != "0":  # the first process makes it for all
         return
