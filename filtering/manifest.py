@@ -87,7 +87,7 @@ def is_finished(folder: Path, dataset_name: str, plan: dict[str, Any]) -> bool:
             continue
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
-            differs = sorted(k for k in plan if found.get(k) != plan[k])
+            differs = sorted(k for k in plan if k != "version" and found.get(k) != plan[k])
         except (ValueError, AttributeError, OSError):
             raise UserError(f"output_dir: {folder / name} is not this script's; choose another folder") from None
         if differs:

@@ -47,7 +47,7 @@ def find_progress(folder: Path, plan: dict[str, Any]) -> tuple[Tally, list[dict[
             continue
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
-            different = sorted(k for k in plan if found.get(k) != plan[k])
+            different = sorted(k for k in plan if k != "version" and found.get(k) != plan[k])
             tally = Tally(**found["counts"])
             outputs = list(found["outputs"])
             changed = [o["file"] for o in outputs if not is_as_written(folder / o["file"], o["size"])]

@@ -65,6 +65,8 @@ def test_launched_for_real(tmp_path, many_rows):
     )
     assert not [name for name in files(tmp_path / "out") if Path(name).name.startswith(".")]
 
+    older = manifest | {"version": "0.0.9"}  # another version of this project has made the same
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(older))
     again = launch("--dataset_name", source, "--output_dir", tmp_path / "out", "--rows_per_file", 20)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     other = launch(
@@ -291,6 +293,7 @@ def bad_inputs(tmp: Path) -> dict[str, tuple[list[object], str]]:
     return {
         "missing folder": ([tmp / "nowhere"], "no such file or folder"),
         "missing file": (["data/nothing.parquet"], "no such file or folder"),
+        "missing folder in one that is there": (["tests/nothing"], "no such file or folder: tests/nothing"),
         "hub offline": (["someone/nothing"], "'someone/nothing' is no local path, and the hub gave no such dataset"),
         "empty folder": ([tmp / "empty"], "no parquet files in"),
         "missing split": ([good, "--dataset_split", "test"], "no parquet files for split 'test'"),

@@ -81,6 +81,8 @@ def local_files(dataset_name: str, split: str) -> dict[str, Path] | None:
     if path.is_dir():
         found = {p.relative_to(path).as_posix(): p for p in path.rglob("*.parquet")}
         return {name: found[name] for name in files_of_split(found, split, dataset_name)}
-    if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset_name):
+    # output/filtered, where there is a folder output, is a dataset that was not made yet, and no hub id.
+    in_a_folder = path.parent != Path(".") and path.parent.is_dir()
+    if path.suffix == ".parquet" or in_a_folder or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset_name):
         raise UserError(f"dataset_name: no such file or folder: {dataset_name}")
     return None
