@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.accelerator.backward(losses.mean())
             run.record(batch, losses, metrics)
         grad_norm = run.accelerator.clip_grad_norm_(run.models.lora_parameters, config.max_grad_norm)
-        if run.may_step(grad_norm):
+        if run.check_step(grad_norm):
             run.optimizer.step()
             run.update_average()
         run.optimizer.zero_grad()

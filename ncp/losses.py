@@ -16,23 +16,14 @@ Metrics = dict[str, torch.Tensor]
 SATURATED = 5.0  # a logit beyond which the sigmoid's slope is below 3% of its largest
 
 
-def perceptual_distance(pred_features: Features, target_features: Features) -> torch.Tensor:
-    """|| pred - target ||^2 of eq. 13 as the mean over a block's elements, (B,) float32.
+def mean_square(displacement: Features) -> torch.Tensor:
+    """|| f(x) - f(target) ||^2 of eq. 13 as the mean over a block's elements, (B,) float32: the perceptual loss.
 
-    Features are one (B, ...) tensor or several, one per block. The result is the mean of the blocks' means.
-    The published beta of 2500 belongs to this mean, not to the printed sum.
+    displacement: f(x) - f(target), one (B, ...) tensor or several, one per block. The result is the mean of the blocks'
+    means. The published beta of 2500 belongs to this mean, not to the printed sum.
     """
-    pairs = zip(_blocks(pred_features), _blocks(target_features), strict=True)
-    return mean_square(tuple(p.float() - q.float() for p, q in pairs))
-
-
-def mean_square(difference: Features) -> torch.Tensor:
-    """The mean square of one (B, ...) tensor, or the mean over several tensors, (B,)."""
-    return torch.stack([block.square().flatten(1).mean(1) for block in _blocks(difference)]).mean(0)
-
-
-def _blocks(features: Features) -> tuple[torch.Tensor, ...]:
-    return (features,) if isinstance(features, torch.Tensor) else features
+    blocks = (displacement,) if isinstance(displacement, torch.Tensor) else displacement
+    return torch.stack([block.float().square().flatten(1).mean(1) for block in blocks]).mean(0)
 
 
 def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ncp.losses import cpo_loss, dpo_loss, latent_distance, mean_square, perceptual_distance, sft_loss
+from ncp.losses import cpo_loss, dpo_loss, latent_distance, mean_square, sft_loss
 
 
 def tensors(*values: float) -> list[torch.Tensor]:
@@ -85,19 +85,18 @@ def test_metrics_carry_no_gradient():
         assert not any(v.requires_grad for v in metrics.values())
 
 
-def test_perceptual_distance_is_the_mean_per_sample_and_block():
+def test_the_perceptual_loss_is_the_mean_per_sample_and_block():
     # Sample 0: differences 1, 1, 3, 1 -> (1 + 1 + 9 + 1) / 4 = 3. Sample 1: none.
     p = torch.tensor([[[[1.0, 2], [3, 4]]], [[[5.0, 5], [5, 5]]]])
     q = torch.tensor([[[[0.0, 1], [0, 3]]], [[[5.0, 5], [5, 5]]]])
-    assert perceptual_distance(p, q).tolist() == [3, 0]
+    assert mean_square(p - q).tolist() == [3, 0]
     # A second block of another size counts as much: (3 + 0.5) / 2; (0 + 8) / 2.
     r, s = torch.tensor([[1.0, 0.0], [4.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    assert perceptual_distance((p, r), (q, s)).tolist() == [1.75, 4]
     assert mean_square((p - q, r - s)).tolist() == [1.75, 4]
 
 
 def test_distances_are_taken_in_float32():
     p, q = torch.full((1, 3), 1.0, dtype=torch.bfloat16), torch.full((1, 3), 1.0078125, dtype=torch.bfloat16)
-    assert perceptual_distance(p, q).dtype == torch.float32
-    assert perceptual_distance(p, q).item() == 2.0**-14  # one bfloat16 step, 2^-7, squared
+    assert mean_square(p - q).dtype == torch.float32
+    assert mean_square(p - q).item() == 2.0**-14  # one bfloat16 step, 2^-7, squared
     assert latent_distance(p.view(1, 3, 1, 1), q.view(1, 3, 1, 1)).item() == 2.0**-14

@@ -100,7 +100,7 @@ class Run:
         self.meter.add({"loss": losses, **metrics, "skipped_images": batch["skipped"]}, samples=len(losses))
         self.guard.add(batch, losses, metrics)
 
-    def may_step(self, grad_norm: torch.Tensor) -> bool:
+    def check_step(self, grad_norm: torch.Tensor) -> bool:
         """Whether losses and gradient are finite on all processes. Else the step is skipped, reported and counted."""
         finite = self.guard.check_step(self.step, grad_norm)
         self.meter.add({"grad_norm": grad_norm, "skipped_steps": not finite})
