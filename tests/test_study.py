@@ -4,11 +4,11 @@ import csv
 
 import numpy as np
 import pytest
-from support import python
+from support import ROOT, python
 
 from ncp.common.errors import UserError
 from study.plan import read_plan
-from study.report import as_markdown, gain_at, pairs_table, read_results
+from study.report import arms_table, as_markdown, gain_at, pairs_table, read_results
 from study.statistics import at_time, hierarchical_interval, verdict, win_indicator
 
 PLAN = """about: a toy
@@ -96,3 +96,12 @@ def test_a_plan_is_carried_out_by_the_real_programs_and_goes_on(tmp_path):
 def test_results_of_another_place_are_missed_in_a_line(tmp_path):
     with pytest.raises(UserError, match="run python -m study"):
         read_results(tmp_path / "none.csv", "overall")
+
+
+@pytest.mark.parametrize("judge", ["overall", "appeal"])
+def test_the_documented_verdict_follows_from_the_results(judge):
+    """docs/replication.md shows what study/results/dpo.csv gives, to the digit."""
+    base, arms = read_results(ROOT / "study/results/dpo.csv", judge)
+    page = (ROOT / "docs/replication.md").read_text(encoding="utf-8")
+    assert as_markdown(arms_table(base, arms)) in page
+    assert as_markdown(pairs_table(base, arms, [("ncp_dpo", "dpo")])) in page
