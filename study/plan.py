@@ -78,12 +78,12 @@ def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
         raise UserError(f"{path}: prompts is {prompts!r}; expected heldout or search")
     arms = []
     for name, given in content["arms"].items():
-        keys = dict(given)
+        keys = content.get("common", {}) | given
         config = Path(keys.pop("config", ""))
         if not config.is_file() or config.stem.rpartition("_")[2] not in SCRIPTS:
             raise UserError(f"{path}: arm '{name}' needs config: one of configs/*_{{{','.join(SCRIPTS)}}}.yaml")
         data = content.get("data", {"rule": "absolute_winners"}) | keys.pop("data", {})
         steps = sorted(keys.pop("steps", content["steps"]))
-        arms.append(Arm(name, config, steps, data, content.get("common", {}) | keys))
+        arms.append(Arm(name, config, steps, data, keys))
     count, seeds = content.get("max_prompts", 88), content["seeds"]
     return Plan(path.stem, content["about"], prompts, count, seeds, arms, output_dir)

@@ -48,6 +48,8 @@ SHARED = [
     (["--use_8bit_adam", "false"], OTHER),
     (["--scale_lr", "true", "--effective_batch_size", "2"], OTHER),
     (["--lr_warmup_steps", "2"], OTHER),
+    (["--lr_scheduler", "linear"], OTHER),
+    (["--lr_scheduler", "cosine"], OTHER),
     (["--max_grad_norm", "1e-6"], OTHER),
     (["--adam_beta1", "0.5"], OTHER),
     (["--adam_beta2", "0.5"], OTHER),

@@ -42,7 +42,7 @@ def test_every_shared_key_is_mathematics_or_may_change():
         "revision", "variant", "prediction_type", "rescale_betas_zero_snr", "dataset_split", "max_train_samples",
         "heldout_pairs", "resolution", "center_crop", "random_flip", "time_ids", "proportion_empty_prompts", "space",
         "encoder_blocks", "timestep_offset", "secant", "secant_length", "seed",
-        "learning_rate", "scale_lr", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
+        "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "allow_tf32", "rank", "lora_alpha",
         "use_ema", "ema_decay",
     }  # fmt: skip
@@ -67,6 +67,13 @@ def test_a_key_that_an_older_checkpoint_lacks_counts_as_its_default(assets, half
         run_here("dpo", [*argv, "--secant", "16"])
     run_here("dpo", argv)
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
+
+
+def test_a_falling_learning_rate_fixes_the_number_of_steps(assets, tmp_path):
+    argv = arguments(assets, tmp_path / "out", "--train_batch_size", "4", "--lr_scheduler", "cosine")
+    run_here("dpo", [*argv, "--max_train_steps", "2"])
+    with pytest.raises(UserError, match=r"it has steps of lr_scheduler 2 \(this run: 3\)$"):
+        run_here("dpo", [*argv, "--resume_from_checkpoint", "latest", "--max_train_steps", "3"])
 
 
 OTHER_RUNS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -93,9 +94,14 @@ def make_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter])
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:
-    """Learning rate of step 1, 2, ...: linear warm-up, then constant. Scaled by the effective batch if configured.
+    """Learning rate of step 1, 2, ...: linear warm-up, then `lr_scheduler`. Scaled by the effective batch if configured.
 
-    A function of the step alone. A scheduler object would have state to save, and would step once per process.
+    A function of the step alone. A scheduler object would have state to save, and would step once per process. A
+    falling rate would be 0 at the step after the last.
     """
     base = config.learning_rate * (effective if config.scale_lr else 1)
-    return base * min(1.0, step / max(1, config.lr_warmup_steps))
+    warmup = config.lr_warmup_steps
+    if step < warmup or config.lr_scheduler == "constant_with_warmup":
+        return base * min(1.0, step / max(1, warmup))
+    rest = (config.max_train_steps + 1 - step) / (config.max_train_steps + 1 - max(1, warmup))  # from 1 towards 0
+    return base * (rest if config.lr_scheduler == "linear" else (1 - math.cos(math.pi * rest)) / 2)

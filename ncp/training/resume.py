@@ -115,7 +115,9 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
     unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
     if is_single_file(name):  # its name may state the prediction type
         unet |= {"prediction": description.prediction.partition(",")[0]}
-    return {**unet, **own, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
+    # A falling learning rate depends on the number of steps, which may change otherwise.
+    steps = {} if config.lr_scheduler == "constant_with_warmup" else {"steps of lr_scheduler": config.max_train_steps}
+    return {**unet, **own, **steps, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
 
 
 def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path) -> str:

@@ -165,9 +165,13 @@ class TrainingConfig:
         doc="multiply learning_rate by the effective batch size, which is the number of pairs per optimizer step over "
         "all processes",
     )
-    lr_warmup_steps: int = option(
-        0, low=0, doc="optimizer steps in which the learning rate rises linearly from 0; it is constant afterwards"
+    lr_scheduler: str = option(
+        "constant_with_warmup",
+        choices=("constant_with_warmup", "linear", "cosine"),
+        doc="learning rate after warm-up: constant, or falling to 0 at max_train_steps, on a line or on half a cosine "
+        "wave",
     )
+    lr_warmup_steps: int = option(0, low=0, doc="optimizer steps in which the learning rate rises linearly from 0")
     use_8bit_adam: bool = option(
         True, doc="AdamW with its state in 8 bits (bitsandbytes); false: torch's AdamW, state in float32"
     )

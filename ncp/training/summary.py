@@ -27,8 +27,9 @@ def print_summary(
     trainable = sum(p.numel() for p in models.lora_parameters)
     c, n = config, accelerator.num_processes
     processes = f"{n} process{'es' * (n > 1)}"
-    rate = learning_rate(c, c.max_train_steps, effective)
+    rate = learning_rate(c, max(1, c.lr_warmup_steps), effective)
     scaled = f"{c.learning_rate:g} x {effective}" if c.scale_lr else "not scaled"
+    then = "constant" if c.lr_scheduler == "constant_with_warmup" else f"{c.lr_scheduler} to 0"
     lines = {
         "model": f"{c.pretrained_model_name_or_path} ({models.description.pipeline.__name__}, "
         f"{models.description.prediction})" + "".join(f"; {note}" for note in models.description.notes),
@@ -43,7 +44,7 @@ def print_summary(
         "effective batch": f"{effective} pairs = {c.train_batch_size} x {c.gradient_accumulation_steps} accumulation "
         f"x {processes}",
         "steps": f"{first_step} to {c.max_train_steps}: {samples:,} samples in all, {samples / len(pairs):.2f} epochs",
-        "learning rate": f"{rate:.3g} after {c.lr_warmup_steps} warm-up steps ({scaled})",
+        "learning rate": f"{rate:.3g} after {c.lr_warmup_steps} warm-up steps, then {then} ({scaled})",
         "loss": describe_loss(c, models.secant),
         "precision": f"{accelerator.mixed_precision} on {accelerator.device}; LoRA rank {c.rank}, "
         f"{trainable:,} weights in float32",
