@@ -1,6 +1,7 @@
 """Learning rate and effective batch, by hand."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_a_falling_learning_rate(name):
     c = dataclasses.replace(c, lr_scheduler=name)
     rates = [learning_rate(c, step, 1) for step in range(1, 13)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[7] == pytest.approx(0.5)
-    assert all(a > b > 0 for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[2:]))
     assert rates[-1] == pytest.approx(0.1 if name == "linear" else (1 - np.cos(np.pi / 10)) / 2)
     no_warmup = dataclasses.replace(c, lr_warmup_steps=0)
     assert learning_rate(no_warmup, 1, 1) == 1

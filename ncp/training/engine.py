@@ -94,7 +94,7 @@ def make_optimizer(config: TrainingConfig, parameters: list[torch.nn.Parameter])
 
 
 def learning_rate(config: TrainingConfig, step: int, effective: int) -> float:
-    """Learning rate of step 1, 2, ...: linear warm-up, then `lr_scheduler`. Scaled by the effective batch if configured.
+    """Learning rate of step 1, 2, ...: linear warm-up, then `lr_scheduler`. scale_lr: times the batch.
 
     A function of the step alone. A scheduler object would have state to save, and would step once per process. A
     falling rate would be 0 at the step after the last.
