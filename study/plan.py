@@ -18,6 +18,8 @@ and `data` may differ by arm.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def digest(self) -> str:
+        """Of all that decides the arm's training but the seed."""
+        content = [self.config.read_text(encoding="utf-8"), self.script, self.steps, self.data, self.changes]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
     def script(self) -> str:
         return f"train_ncp_{self.config.stem.rpartition('_')[2]}.py"
 
@@ -59,7 +67,8 @@ class Plan:
         return self.output_dir / self.name
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
-        return self.folder / "runs" / f"{arm.name}-{seed}"
+        """The folder of a run, shared by arms and plans that train the same."""
+        return self.output_dir / "runs" / f"{arm.digest}-{seed}"
 
     def data_folder(self, arm: Arm) -> Path:
         """The folder of the filtered dataset, shared by arms and plans with the same filter keys."""

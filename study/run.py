@@ -93,7 +93,7 @@ def train(plan: Plan, arm: Arm, seed: int, threads: int) -> None:
         "validation_prompts": [],
         "report_to": "tensorboard",
     }
-    log = plan.folder / "logs" / f"{folder.name}.log"
+    log = plan.folder / "logs" / f"{arm.name}-{seed}.log"
     variables = {"OMP_NUM_THREADS": str(threads)}
     program(arm.script, "--config", arm.config, *as_arguments(keys), log=log, variables=variables)
 
@@ -102,10 +102,11 @@ def train_all(plan: Plan, jobs: int) -> None:
     """Trains every arm with every seed, `jobs` runs at a time. After a failure no further run is begun."""
     for arm in plan.arms:
         prepare_data(plan, arm)
-    runs = [(arm, seed) for seed in plan.seeds for arm in plan.arms]  # every arm once before any arm again
+    # Every arm once before any arm again; arms that train the same are trained once.
+    runs = {plan.run_folder(arm, seed): (arm, seed) for seed in plan.seeds for arm in plan.arms}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="trained") as progress:
-        waiting = [pool.submit(train, plan, arm, seed, threads) for arm, seed in runs]
+        waiting = [pool.submit(train, plan, arm, seed, threads) for arm, seed in runs.values()]
         try:
             for done in as_completed(waiting):
                 done.result()

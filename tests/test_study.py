@@ -1,14 +1,16 @@
 """The study: plans, statistics over seeds and prompts, and a whole plan at toy size."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
 from support import ROOT, python
 
 from ncp.common.errors import UserError
+from study.page import filled, measured, read_claims
 from study.plan import read_plan
-from study.report import arms_table, as_markdown, gain_at, pairs_table, read_results
+from study.report import ArmResults, as_markdown, gain_at, pairs_table, read_results
 from study.statistics import at_time, hierarchical_interval, verdict, win_indicator
 
 PLAN = """about: a toy
@@ -98,10 +100,57 @@ def test_results_of_another_place_are_missed_in_a_line(tmp_path):
         read_results(tmp_path / "none.csv", "overall")
 
 
-@pytest.mark.parametrize("judge", ["overall", "appeal"])
-def test_the_documented_verdict_follows_from_the_results(judge):
-    """docs/replication.md shows what study/results/dpo.csv gives, to the digit."""
-    base, arms = read_results(ROOT / "study/results/dpo.csv", judge)
+def test_the_documented_verdicts_follow_from_the_results():
+    """docs/replication.md is what study.page makes of the results and the claims, to the digit."""
     page = (ROOT / "docs/replication.md").read_text(encoding="utf-8")
-    assert as_markdown(arms_table(base, arms)) in page
-    assert as_markdown(pairs_table(base, arms, [("ncp_dpo", "dpo")])) in page
+    plotted = []
+    assert filled(page, read_claims(), plot=lambda *given: plotted.append(given[-1])) == page
+    assert plotted and all(path.is_file() for path in plotted)
+
+
+def results(gains: dict[str, tuple[float, float]], seeds: int = 5, prompts: int = 40):
+    """Results of arms whose scores after 10 and 20 s are a gain above the base's, with a little noise."""
+    rng = np.random.default_rng(2)
+    base = rng.uniform(0.4, 0.6, prompts)
+    arms = {}
+    for name, points in gains.items():
+        scores = np.stack([base + gain + rng.normal(0, 0.01, (seeds, prompts)) for gain in points], axis=1)
+        times = np.tile([10.0, 20.0], (seeds, 1))
+        arms[name] = ArmResults(
+            scores, np.array([1, 2]), times, np.full(seeds, points[-1]) + rng.normal(0, 0.01, seeds)
+        )
+    return base, arms
+
+
+def test_a_claim_is_a_weighted_sum_of_gains():
+    base, arms = results({"a": (0.1, 0.2), "b": (0.1, 0.1), "c": (0.1, 0.1)})
+
+    def claim(contrast, **more):
+        return measured({"claim": "x", "plan": "p", "contrast": contrast, **more}, base, arms)
+
+    result, conclusion = claim({"a": 1, "b": -1})
+    assert conclusion == "holds" and re.match(r"gain \+0\.(09|10)\d \[.*\] at equal steps; win-rate 100%", result)
+    assert claim({"b": 1, "a": -1})[1] == "does not hold"
+    assert claim({"b": 1, "c": -1})[1] == "cannot be told"
+    # Interaction: (a - b) - (b - c) = 0.1.
+    assert re.match(r"gain \+0\.(09|10)\d \[.*\] at equal steps$", claim({"a": 1, "b": -2, "c": 1})[0])
+    # b and c end at 20 s, so there is no earlier time at which a has less.
+    assert claim({"a": 1, "b": -1}, at="time") == (claim({"a": 1, "b": -1}, at="time")[0], "holds")
+    arms["b"].seconds[:] = [[5.0, 10.0]]
+    assert claim({"a": 1, "b": -1}, at="time")[1] == "cannot be told"  # 0.1 of both at 10 s
+    assert claim({"a": 1, "b": -1}, of="drift")[1] == "holds"
+    with pytest.raises(UserError, match="no arm d in the results of p"):
+        claim({"a": 1, "d": -1})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("claims: [{claim: x, paln: y}]", "unknown key 'paln'"),
+        ("claims: [{claim: x, plan: y}]", "'x' needs plan and contrast, or result, verdict and command"),
+    ],
+)
+def test_a_wrong_claim_is_refused_in_a_line(tmp_path, text, message):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_claims(tmp_path / "claims.yaml")
