@@ -23,7 +23,7 @@ from ncp.common.config import option, parse
 from ncp.common.errors import run_program
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
-from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
+from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
 from ncp.training.models import Models
 from ncp.training.run import start
@@ -38,6 +38,15 @@ class Config(TrainingConfig):
         group="objective",
         doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
         "2500",
+    )
+    winner_preserving_mu: float | None = option(
+        None,
+        low=0,
+        high=1,
+        group="against collapse",
+        doc="scale down each loser's gradient so far that a step does not raise its winner's loss, to first order "
+        "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
+        "null: never",
     )
 
 
@@ -69,6 +78,7 @@ def ncp_dpo(
         d_theta = displacement(x_theta, near=(x_ref, d_ref))
         loss_theta, loss_ref = mean_square(d_theta), mean_square(d_ref)  # eq. 13
 
+    loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
     return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta)  # eq. 14
 

@@ -31,6 +31,28 @@ def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
+def preserve_winners(loss: torch.Tensor, output: torch.Tensor, mu: float | None) -> torch.Tensor:
+    """`loss` (2B,), winners first, with the losers' gradients scaled down, as in Diffusion-SDPO (2511.03317).
+
+    output: the policy's output (2B, C, H, W) float32, of which a row decides the loss of that row alone. With g_w, g_l
+    the gradients of a pair's two losses with respect to their rows, the loser's becomes lambda g_l:
+
+        lambda = min(1, (1 - mu) ||g_w||^2 / <g_l, g_w>)  if <g_l, g_w> > 0, else 1
+
+    Then <g_w, -g_w + lambda g_l> <= -mu ||g_w||^2: to first order a step on the outputs does not raise the winner's
+    loss. Values stay as they are. What lies between output and loss (f) is differentiated once, here; the backward
+    pass starts at `output`. mu None, or without a gradient: `loss` itself.
+    """
+    if mu is None or not loss.requires_grad:
+        return loss
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    g_w, g_l = gradient.flatten(1).chunk(2)
+    along = (g_l * g_w).sum(1)
+    scale = torch.where(along > 0, ((1 - mu) * g_w.square().sum(1) / along).clamp_max(1), 1.0)
+    scaled = torch.cat([g_w, scale[:, None] * g_l])
+    return loss.detach() + ((output - output.detach()).flatten(1) * scaled).sum(1)
+
+
 def dpo_loss(
     policy_w: torch.Tensor, policy_l: torch.Tensor, ref_w: torch.Tensor, ref_l: torch.Tensor, beta: float
 ) -> tuple[torch.Tensor, Metrics]:

@@ -63,7 +63,11 @@ SHARED = [
 CASES = [(kind, *option) for kind in SCRIPTS for option in OPTIONS]
 CASES += [(kind, *option) for kind, option in zip(itertools.cycle(SCRIPTS), SHARED, strict=False)]
 NAMES = [f"{kind}{'-'.join(extra)}" for kind, extra, _ in CASES]
-OWN = {"dpo": ["--beta", "5"], "cpo": ["--beta", "5", "--lam", "1"], "sft": ["--loss_weight", "3"]}
+OWN = {
+    "dpo": ["--beta", "5", "--winner_preserving_mu", "0.9"],
+    "cpo": ["--beta", "5", "--lam", "1", "--winner_preserving_mu", "0.9"],
+    "sft": ["--loss_weight", "3"],
+}
 # Tests of their own: files, resuming, held-out pairs, pictures, uploads, trackers, compilers, loader's workers.
 ELSEWHERE = frozenset(
     """

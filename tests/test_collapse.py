@@ -1,0 +1,134 @@
+"""What keeps the loser from ruining the winner: each option against values worked by hand, and in the scripts."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import SCRIPTS, arguments, loaded, run_here, weights
+
+from ncp.common.config import parse
+from ncp.losses import preserve_winners
+from tiny.precision import measured, setting
+
+# ---------------------------------------------------------------- winner_preserving_mu
+
+
+def squares(*rows: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses, outputs) of rows that are their own gradients: |x|^2 / 2."""
+    output = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+    return output.square().sum(1) / 2, output
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser", "mu", "scale"),
+    [
+        ((1.0, 0.0), (2.0, 3.0), 0.0, 0.5),  # |g_w|^2 = 1, <g_l, g_w> = 2
+        ((1.0, 0.0), (2.0, 3.0), 0.1, 0.45),
+        ((1.0, 0.0), (2.0, 3.0), 1.0, 0.0),
+        ((3.0, 4.0), (4.0, 4.5), 0.4, 0.5),  # 25 and 30: 0.6 * 25 / 30
+        ((3.0, 4.0), (0.3, 0.4), 0.5, 1.0),  # 25 and 2.5: 5, so 1
+        ((1.0, 0.0), (-2.0, 3.0), 1.0, 1.0),  # they work against each other
+        ((1.0, 0.0), (0.0, 9.0), 1.0, 1.0),
+        ((0.0, 0.0), (2.0, 3.0), 0.5, 1.0),  # as at zero terminal SNR
+    ],
+)
+def test_the_losers_gradient_is_scaled_by_hand(winner, loser, mu, scale):
+    # Beside it a second pair, which has a lambda of its own: 0.5 (1 - mu).
+    losses, output = squares(winner, (1.0, 0.0), loser, (2.0, 0.0))
+    kept = preserve_winners(losses, output, mu)
+    assert torch.equal(kept, losses)
+    upstream = torch.tensor([7.0, 1.0, -3.0, 1.0])
+    (gradient,) = torch.autograd.grad((upstream * kept).sum(), output)
+    expected = [[7 * x for x in winner], [1, 0], [-3 * scale * x for x in loser], [2 * min(1, (1 - mu) / 2), 0]]
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_without_mu_or_without_a_gradient_nothing_is_done():
+    losses, output = squares((1.0, 0.0), (2.0, 3.0))
+    assert preserve_winners(losses, output, None) is losses
+    with torch.no_grad():
+        losses = output.square().sum(1)
+        assert preserve_winners(losses, output, 0.5) is losses
+
+
+def test_what_is_below_the_loss_is_differentiated_once():
+    passes = []
+    weight = torch.ones(1, requires_grad=True)
+    output = torch.tensor([[1.0], [2.0]]) * weight
+    between = output * 1
+    between.register_hook(lambda _: passes.append(1))
+    preserve_winners(between.square().sum(1), output, 0.5).sum().backward()
+    # d/dw: winner 2, loser 8 scaled by 0.5 * 4 / 8.
+    assert passes == [1] and weight.grad.item() == 2 + 4 * 2 * 0.25
+
+
+@pytest.mark.parametrize("space", ["perceptual", "latent"])
+@pytest.mark.parametrize("kind", ["dpo", "cpo"])
+def test_a_step_on_the_outputs_does_not_raise_the_winners_loss(assets, tmp_path, kind, space):
+    """The loser is the winner's image, with three times its error and more: to worsen it is to worsen the winner.
+
+    The step is the script's own: the sum of what it asks of the two outputs, as if their weights were the same. How the
+    winner's loss changes along it is measured as a central difference, in units of the change by the winner's part.
+    """
+    script = SCRIPTS[kind]
+    keys = ["--space", space, "--beta", "1", *(["--lam", "0"] if kind == "cpo" else [])]
+    configs = {
+        mu: parse(script.Config, arguments(assets, tmp_path, *keys, "--winner_preserving_mu", mu))
+        for mu in ("null", "0", "0.5")
+    }
+    models, batch = loaded(configs["null"], images=2)
+    for key in ("pixels", "z", "posterior", "time_ids"):
+        batch[key] = batch[key].chunk(2)[0].repeat(2, *[1] * (batch[key].ndim - 1))
+    error, other = torch.randn((2, *batch["eps"].shape), generator=torch.Generator().manual_seed(0))
+    winner, loser = batch["eps"] + error, batch["eps"] + 3 * error + other
+
+    def objective(config, winner):
+        output = torch.cat([winner, loser]).requires_grad_()
+        losses, metrics = getattr(script, f"ncp_{kind}")(
+            models, lambda *_, **__: SimpleNamespace(sample=output), batch, config
+        )
+        return output, losses, metrics["policy_w"]
+
+    def change(direction):
+        """Of each pair's winner's loss, along a direction per pair."""
+        h = 0.02 * error.norm() / own.norm()
+        with torch.no_grad():
+            ahead, behind = (objective(configs["null"], winner + sign * h * direction)[2] for sign in (1, -1))
+        return (ahead - behind) / 2
+
+    asked, values = {}, {}
+    for mu, config in configs.items():
+        output, values[mu], _ = objective(config, winner)
+        asked[mu] = [-g for g in torch.autograd.grad(values[mu].sum(), output)[0].chunk(2)]
+    own = asked["null"][0]
+    assert torch.equal(values["null"], values["0"]) and torch.equal(values["null"], values["0.5"])
+    for of_winner, _ in asked.values():
+        torch.testing.assert_close(of_winner, own, rtol=1e-4, atol=1e-6 * float(own.abs().max()))
+    unit = -change(own)
+    assert (unit > 0).all()
+    assert (change(sum(asked["null"])) > unit).all()  # 2 in latent space, where the loser's gradient is 3 times it
+    torch.testing.assert_close(change(sum(asked["0"])) / unit, torch.zeros(2), atol=0.03, rtol=0)
+    torch.testing.assert_close(change(sum(asked["0.5"])) / unit, torch.full((2,), -0.5), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("space", ["perceptual", "latent"])
+def test_in_float16_the_scaled_gradient_is_that_of_float32(space):
+    s, t = setting("embedded", 2), torch.tensor([30, 500])
+    half, full, off = (
+        measured(s, "dpo", dtype, t, space=space, winner_preserving_mu=mu).gradient
+        for dtype, mu in ((torch.float16, 0.5), (torch.float32, 0.5), (torch.float32, None))
+    )
+    assert torch.nn.functional.cosine_similarity(half, full, dim=0) > 0.99
+    # In latent space the margin itself is coarse in float16, and with it the sigmoid's weight.
+    assert half.norm() / full.norm() == pytest.approx(1, abs=0.03 if space == "perceptual" else 0.06)
+    assert torch.nn.functional.cosine_similarity(off, full, dim=0) < 0.99
+
+
+def test_accumulated_and_checkpointed_it_is_the_same_step(assets, tmp_path):
+    extra = ["--winner_preserving_mu", "0.5", "--use_8bit_adam", "false", "--adam_epsilon", "1e-3"]
+    run_here("dpo", arguments(assets, tmp_path / "one", *extra))
+    split = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--gradient_checkpointing", "true"]
+    run_here("dpo", arguments(assets, tmp_path / "two", *extra, *split))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    most = max(v.abs().max() for k, v in one.items() if "lora_B" in k or "lora.up" in k)
+    assert all((one[k] - two[k]).abs().max() < 1e-3 * most for k in one)
