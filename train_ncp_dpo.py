@@ -48,6 +48,15 @@ class Config(TrainingConfig):
         "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
         "null: never",
     )
+    utility: str = option(
+        "logistic",
+        choices=("logistic", "linear"),
+        doc="how a pair's weight in the gradient depends on its margin. logistic: as sigmoid(-margin). linear: as the "
+        "line 0.5 - 0.4 margin, from eta to 1 - eta (Linear-DPO)",
+    )
+    eta: float = option(
+        0.001, low=0, high=0.5, doc="smallest weight of a pair with the linear utility; 1 - eta is the largest"
+    )
 
 
 def ncp_dpo(
@@ -80,7 +89,7 @@ def ncp_dpo(
 
     loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
-    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta)  # eq. 14
+    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta, config.utility, config.eta)  # eq. 14
 
 
 def main(argv: Sequence[str] | None = None) -> None:

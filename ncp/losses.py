@@ -54,9 +54,19 @@ def preserve_winners(loss: torch.Tensor, output: torch.Tensor, mu: float | None)
 
 
 def dpo_loss(
-    policy_w: torch.Tensor, policy_l: torch.Tensor, ref_w: torch.Tensor, ref_l: torch.Tensor, beta: float
+    policy_w: torch.Tensor,
+    policy_l: torch.Tensor,
+    ref_w: torch.Tensor,
+    ref_l: torch.Tensor,
+    beta: float,
+    utility: str = "logistic",
+    eta: float = 0.001,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Diffusion-DPO, eq. 14: -logsigmoid(-beta ((policy_w - ref_w) - (policy_l - ref_l))), (B,)."""
+    """Diffusion-DPO, eq. 14: -logsigmoid(-beta d), (B,), with d = (policy_w - ref_w) - (policy_l - ref_l).
+
+    Its gradient in d is beta sigmoid(beta d). utility "linear" puts a clipped line in place of the sigmoid, as in
+    Linear-DPO (2605.21123): beta w (policy_w - policy_l), with the constant w = clip(0.5 + 0.4 beta d, eta, 1 - eta).
+    """
     drift_w, drift_l = policy_w - ref_w, policy_l - ref_l
     logit = -beta * (drift_w - drift_l)
     metrics = {
@@ -66,7 +76,13 @@ def dpo_loss(
         "winner_drift": drift_w / ref_w.clamp_min(torch.finfo(ref_w.dtype).tiny),
         **_preference(logit, policy_w, policy_l),
     }
-    return -F.logsigmoid(logit), _detached(metrics)
+    if utility == "linear":
+        # Published without beta. AdamW divides a constant factor out, but for its epsilon: at PL near 1e-5, 95% of the
+        # gradient's elements would be below it.
+        losses = beta * (0.5 - 0.4 * logit).clamp(eta, 1 - eta).detach() * (policy_w - policy_l)
+    else:
+        losses = -F.logsigmoid(logit)
+    return losses, _detached(metrics)
 
 
 def cpo_loss(policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float) -> tuple[torch.Tensor, Metrics]:
