@@ -52,6 +52,11 @@ class Config(TrainingConfig):
         "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
         "null: never",
     )
+    soft_labels: bool = option(
+        False,
+        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
+        "towards certainty; a row without a share counts as unanimous",
+    )
 
 
 def ncp_cpo(
@@ -79,7 +84,7 @@ def ncp_cpo(
 
     loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     theta_w, theta_l = loss_theta.chunk(2)
-    return cpo_loss(theta_w, theta_l, config.beta, config.lam)  # eq. 15
+    return cpo_loss(theta_w, theta_l, config.beta, config.lam, batch.get("share_w"))  # eq. 15
 
 
 def main(argv: Sequence[str] | None = None) -> None:

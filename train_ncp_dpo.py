@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ncp.common.config import option, parse
-from ncp.common.errors import run_program
+from ncp.common.errors import UserError, run_program
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square, preserve_winners
@@ -57,6 +57,17 @@ class Config(TrainingConfig):
     eta: float = option(
         0.001, low=0, high=0.5, doc="smallest weight of a pair with the linear utility; 1 - eta is the largest"
     )
+    soft_labels: bool = option(
+        False,
+        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
+        "towards certainty; a row without a share counts as unanimous",
+    )
+
+    def check(self) -> None:
+        """Raises UserError for keys that contradict each other."""
+        super().check()
+        if self.soft_labels and self.utility == "linear":
+            raise UserError("soft_labels needs utility: logistic; the linear one has no target")
 
 
 def ncp_dpo(
@@ -89,7 +100,8 @@ def ncp_dpo(
 
     loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
-    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta, config.utility, config.eta)  # eq. 14
+    share, utility = batch.get("share_w"), config.utility
+    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta, share, utility, config.eta)  # eq. 14
 
 
 def main(argv: Sequence[str] | None = None) -> None:

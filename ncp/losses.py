@@ -59,13 +59,15 @@ def dpo_loss(
     ref_w: torch.Tensor,
     ref_l: torch.Tensor,
     beta: float,
+    share: torch.Tensor | None = None,
     utility: str = "logistic",
     eta: float = 0.001,
 ) -> tuple[torch.Tensor, Metrics]:
     """Diffusion-DPO, eq. 14: -logsigmoid(-beta d), (B,), with d = (policy_w - ref_w) - (policy_l - ref_l).
 
-    Its gradient in d is beta sigmoid(beta d). utility "linear" puts a clipped line in place of the sigmoid, as in
-    Linear-DPO (2605.21123): beta w (policy_w - policy_l), with the constant w = clip(0.5 + 0.4 beta d, eta, 1 - eta).
+    share: see `logistic_loss`. The gradient in d is beta sigmoid(beta d). utility "linear" puts a clipped line in place
+    of the sigmoid, as in Linear-DPO (2605.21123): beta w (policy_w - policy_l), with w = clip(0.5 + 0.4 beta d, eta,
+    1 - eta) constant.
     """
     drift_w, drift_l = policy_w - ref_w, policy_l - ref_l
     logit = -beta * (drift_w - drift_l)
@@ -81,15 +83,30 @@ def dpo_loss(
         # gradient's elements would be below it.
         losses = beta * (0.5 - 0.4 * logit).clamp(eta, 1 - eta).detach() * (policy_w - policy_l)
     else:
-        losses = -F.logsigmoid(logit)
+        losses = logistic_loss(logit, share)
     return losses, _detached(metrics)
 
 
-def cpo_loss(policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float) -> tuple[torch.Tensor, Metrics]:
-    """Diffusion-CPO, eq. 15: -logsigmoid(-beta (policy_w - policy_l)) + lam policy_w, (B,). No reference model."""
+def cpo_loss(
+    policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float, share: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Metrics]:
+    """Diffusion-CPO, eq. 15: -logsigmoid(-beta (policy_w - policy_l)) + lam policy_w, (B,). No reference model.
+
+    share: see `logistic_loss`.
+    """
     logit = -beta * (policy_w - policy_l)
     metrics = {"reward_w": -beta * policy_w, "reward_l": -beta * policy_l, **_preference(logit, policy_w, policy_l)}
-    return -F.logsigmoid(logit) + lam * policy_w, _detached(metrics)
+    return logistic_loss(logit, share) + lam * policy_w, _detached(metrics)
+
+
+def logistic_loss(logit: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    """-logsigmoid(logit), (B,); with soft labels -(p logsigmoid(logit) + (1 - p) logsigmoid(-logit)).
+
+    share: p (B,), the share of the annotators who prefer the winner. The loss is smallest at sigmoid(logit) = p.
+    """
+    if share is None:
+        return -F.logsigmoid(logit)
+    return -(share * F.logsigmoid(logit) + (1 - share) * F.logsigmoid(-logit))
 
 
 def sft_loss(policy_w: torch.Tensor, weight: float) -> tuple[torch.Tensor, Metrics]:

@@ -1,13 +1,21 @@
 """What keeps the loser from ruining the winner: each option against values worked by hand, and in the scripts."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import SCRIPTS, arguments, loaded, run_here, weights
+from pipelines import save_dataset
+from preference_sets import SETS, prepared, save_chosen_rejected
+from runs import SCRIPTS, arguments, call, loaded, refusal, run_here, small_dataset, weights
 
+import cache_latents
+import filter_pickapic
+import ncp.training.run
 from ncp.common.config import parse
-from ncp.losses import dpo_loss, preserve_winners
+from ncp.common.errors import UserError
+from ncp.losses import cpo_loss, dpo_loss, logistic_loss, preserve_winners
+from ncp.training.pairs import open_pairs
 from tiny.precision import KEYS, measured, setting
 
 # ---------------------------------------------------------------- winner_preserving_mu
@@ -181,3 +189,120 @@ def test_without_beta_the_linear_gradient_would_be_below_adams_epsilon():
     ours = ours[ours != 0].abs()
     beta = KEYS["dpo"]["beta"]
     assert (ours < 1e-8).double().mean() < 0.1 < 0.9 < (ours / beta < 1e-8).double().mean()
+
+
+# ---------------------------------------------------------------- soft_labels
+
+SHARES = [0.8, 0.3, 0.5, 0.55, 1.0, 0.9]  # of image 0, in preference_sets.rapidata; 0.5 is a tie
+
+
+def test_soft_labels_by_hand():
+    # -log sigmoid(1) = 0.3132617, -log sigmoid(-1) = 1.3132617.
+    (logit,) = pair(1.0)
+    loss = logistic_loss(logit, torch.tensor([0.75]))
+    assert loss.item() == pytest.approx(0.75 * 0.3132617 + 0.25 * 1.3132617, abs=1e-6)
+    (slope,) = torch.autograd.grad(loss.sum(), logit)
+    assert slope.item() == pytest.approx(1 / (1 + math.exp(-1)) - 0.75)  # sigmoid(z) - p
+    (best,) = pair(math.log(3))  # where sigmoid(z) = 3/4
+    (slope,) = torch.autograd.grad(logistic_loss(best, torch.tensor([0.75])).sum(), best)
+    assert slope.item() == pytest.approx(0, abs=1e-7)
+    assert torch.equal(logistic_loss(logit, torch.ones(1)), logistic_loss(logit, None))
+
+
+def test_soft_labels_in_both_objectives():
+    share = torch.tensor([0.75])
+    # logit = -2 ((0.1 - 0.3) - (0.5 - 0.2)) = 1, as in test_losses.
+    losses, _ = dpo_loss(*pair(0.1, 0.5, 0.3, 0.2), beta=2.0, share=share)
+    assert losses.item() == pytest.approx(0.5632617, abs=1e-6)
+    # logit = -2.5 (0.1 - 0.5) = 1; + 3 * 0.1
+    losses, _ = cpo_loss(*pair(0.1, 0.5), beta=2.5, lam=3.0, share=share)
+    assert losses.item() == pytest.approx(0.8632617, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("dpo", "prepared"), ("dpo", "filtered"), ("dpo", "cached"), ("cpo", "prepared")]
+)
+def test_shares_of_a_prepared_dataset_reach_the_objective(assets, tmp_path, kind, way):
+    rows, _ = prepared(SETS["rapidata"](tmp_path / "in"), tmp_path / "data")
+    data, seen = tmp_path / "data", {}
+    if way == "filtered":
+        filter_pickapic.main(["--dataset_name", str(data), "--output_dir", str(tmp_path / "filtered")])
+        data = tmp_path / "filtered"
+    extra = ["--dataset_name", str(data), "--soft_labels", "true", "--train_batch_size", "5", "--max_train_steps", "1"]
+    if way == "cached":
+        extra += ["--cached_latents", str(tmp_path / "cache")]
+        call(cache_latents.main, arguments(assets, tmp_path / "c", *extra))
+    argv = arguments(assets, tmp_path / "out", *extra)
+    original = getattr(SCRIPTS[kind], f"ncp_{kind}")
+
+    def objective(models, unet, batch, config):
+        seen.update(zip(batch["pair"], batch["share_w"].tolist(), strict=True))
+        return original(models, unet, batch, config)
+
+    run_here(kind, argv, **{f"ncp_{kind}": objective})
+    uids = {r["image_0_uid"]: share for r, share in zip(rows, SHARES, strict=True)}
+    pairs = open_pairs(parse(SCRIPTS[kind].Config, argv))
+    first = pairs.columns(["image_0_uid"])["image_0_uid"].to_pylist()
+    assert len(seen) == 5
+    for number, share in seen.items():
+        assert share == pytest.approx(max(uids[first[number]], 1 - uids[first[number]]))
+    run_here(kind, [*arguments(assets, tmp_path / "hard", *extra), "--soft_labels", "false"])
+    soft, hard = weights(tmp_path / "out"), weights(tmp_path / "hard")
+    assert any(not torch.equal(soft[k], hard[k]) for k in soft)
+
+
+def test_a_row_without_a_share_counts_as_unanimous(tmp_path):
+    _, dataset = small_dataset(tmp_path, "--soft_labels", share_0=[0.6, 0.4, None, float("nan"), *[0.9, 0.2] * 4])
+    assert dataset.pairs.share.tolist() == pytest.approx([0.6, 0.6, 1, 1, *[0.9, 0.8] * 4])
+    assert dataset[0]["share_w"].item() == pytest.approx(float(dataset.pairs.share[dataset[0]["pair"]]))
+    _, dataset = small_dataset(tmp_path / "off", share_0=[0.6] * 12)
+    assert dataset.pairs.share is None and "share_w" not in dataset[0]
+
+
+REFUSED = {
+    "no column": (None, r"has no shares of votes \(column share_0, which prepare_preferences.py fills in where"),
+    "no share": ([None] * 12, "has no shares of votes"),
+    "above 1": ([80.0, 0.2] * 6, "train.parquet row 0: share_0 is 80, and image 0 is the winner; expected a share"),
+    "the loser's": ([0.9, 0.2, 0.3, 0.2] * 3, "train.parquet row 2: share_0 is 0.3, and image 0 is the winner"),
+    "words": (["most"] * 12, "column share_0 is string; expected number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_soft_labels_without_shares_are_refused_before_loading(assets, tmp_path, monkeypatch, capsys, case):
+    shares, message = REFUSED[case]
+    monkeypatch.setattr(ncp.training.run, "load_models", lambda *_: pytest.fail("a model was loaded"))
+    # pyarrow takes the type of a column of nulls from the schema; prepare_preferences.py writes float64.
+    if shares == [None] * 12:
+        import pyarrow as pa
+
+        shares = pa.array(shares, pa.float64())
+    data = save_dataset(tmp_path / "data" / "train.parquet", share_0=shares).parent
+    argv = arguments(assets, tmp_path / "out", "--dataset_name", str(data), "--soft_labels", "true")
+    with pytest.raises(UserError, match=message):
+        run_here("dpo", argv)
+    assert message.split("\\")[0] in refusal(SCRIPTS["cpo"].main, argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_soft_labels_of_chosen_and_rejected_are_refused(assets, tmp_path):
+    save_chosen_rejected(tmp_path / "data" / "train.parquet")
+    argv = arguments(assets, tmp_path / "out", "--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path))
+    with pytest.raises(UserError, match=r"soft_labels: .* has no shares of votes"):
+        run_here("dpo", [*argv, "--soft_labels"])
+
+
+def test_a_linear_utility_has_no_soft_labels(assets, tmp_path, capsys):
+    argv = arguments(assets, tmp_path / "out", "--soft_labels", "true", "--utility", "linear")
+    assert "error: soft_labels needs utility: logistic" in refusal(SCRIPTS["dpo"].main, argv, capsys)
+
+
+def test_other_shares_are_another_run(assets, tmp_path):
+    for name, share in (("one", 0.9), ("two", 0.8)):
+        save_dataset(tmp_path / name / "train.parquet", share_0=[share, 1 - share] * 6)
+    extra = ["--soft_labels", "true", "--resume_from_checkpoint", "auto"]
+    run_here("dpo", arguments(assets, tmp_path / "out", *extra, "--dataset_name", str(tmp_path / "one")))
+    more = [*extra, "--max_train_steps", "3"]
+    with pytest.raises(UserError, match=r"it has training pairs \w+ \(this run: "):
+        run_here("dpo", arguments(assets, tmp_path / "out", *more, "--dataset_name", str(tmp_path / "two")))
+    run_here("dpo", arguments(assets, tmp_path / "out", *more, "--dataset_name", str(tmp_path / "one")))

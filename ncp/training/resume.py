@@ -42,7 +42,7 @@ MAY_CHANGE = frozenset(
 
 
 # Keys that a script got after its first checkpoints. Other keys of its own tell it from the other scripts.
-LATER = frozenset({"winner_preserving_mu", "utility", "eta"})
+LATER = frozenset({"winner_preserving_mu", "utility", "eta", "soft_labels"})
 
 
 def choose_checkpoint(config: TrainingConfig, accelerator: Accelerator, inputs: dict[str, Any]) -> Path | None:
@@ -114,6 +114,8 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
     for column in pairs.columns(["caption", "image_0_uid", "image_1_uid"]).columns:
         digest.update(repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
     digest.update(pairs.winner.tobytes())
+    if pairs.share is not None:
+        digest.update(pairs.share.tobytes())
     own = {k: v for k, v in cache.fingerprint(config, description).items() if not hasattr(config, k)}
     name = config.pretrained_model_name_or_path
     unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
