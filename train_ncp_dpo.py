@@ -62,6 +62,13 @@ class Config(TrainingConfig):
         doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
         "towards certainty; a row without a share counts as unanimous",
     )
+    reference_decay: float | None = option(
+        None,
+        low=0,
+        high=0.999999,
+        doc="let the reference follow the policy, as its exponential average: share of the old reference that is kept "
+        "at each optimizer step (Linear-DPO). null: the reference stays the original model",
+    )
 
     def check(self) -> None:
         """Raises UserError for keys that contradict each other."""

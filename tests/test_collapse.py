@@ -7,7 +7,18 @@ import pytest
 import torch
 from pipelines import save_dataset
 from preference_sets import SETS, prepared, save_chosen_rejected
-from runs import SCRIPTS, arguments, call, loaded, refusal, run_here, small_dataset, weights
+from runs import (
+    SCRIPTS,
+    arguments,
+    assert_same_weights,
+    call,
+    loaded,
+    refusal,
+    run_here,
+    small_dataset,
+    weights,
+)
+from support import ranks_of
 
 import cache_latents
 import filter_pickapic
@@ -306,3 +317,91 @@ def test_other_shares_are_another_run(assets, tmp_path):
     with pytest.raises(UserError, match=r"it has training pairs \w+ \(this run: "):
         run_here("dpo", arguments(assets, tmp_path / "out", *more, "--dataset_name", str(tmp_path / "two")))
     run_here("dpo", arguments(assets, tmp_path / "out", *more, "--dataset_name", str(tmp_path / "one")))
+
+
+# ---------------------------------------------------------------- reference_decay
+
+
+def following(assets, folder, *extra: str, decay: str = "0.75") -> list[str]:
+    return arguments(assets, folder, "--reference_decay", decay, "--learning_rate", "1e-2", *extra)
+
+
+def saved_reference(folder) -> list[torch.Tensor]:
+    return torch.load(folder / "optimizer.pt", weights_only=True)["reference"]
+
+
+def test_a_following_reference_starts_as_the_policy_and_shares_its_storage(assets, tmp_path):
+    config = parse(SCRIPTS["dpo"].Config, following(assets, tmp_path))
+    models, batch = loaded(config, images=2)
+    lora = {n for n, p in models.unet.named_parameters() if p.requires_grad}
+    assert [n for n, p in models.reference.named_parameters() if ".lora_" in n] == [
+        n for n, p in models.unet.named_parameters() if n in lora
+    ]
+    assert not any(p.requires_grad for p in [*models.reference.parameters(), *models.base.parameters()])
+    own = {p.data_ptr() for p in models.unet.parameters() if not p.requires_grad}
+    assert {p.data_ptr() for p in models.base.parameters()} == own
+    assert {p.data_ptr() for n, p in models.reference.named_parameters() if ".lora_" not in n} == own
+    assert not {p.data_ptr() for p in models.reference_lora} & {p.data_ptr() for p in models.lora_parameters}
+    _, metrics = SCRIPTS["dpo"].ncp_dpo(models, models.unet, batch, config)
+    assert metrics["margin"].abs().max() == 0 and metrics["winner_drift"].abs().max() == 0
+
+    before = [p.detach().clone() for p in models.reference_lora]
+    for number, p in enumerate(models.lora_parameters):
+        p.data.fill_(number / 1000)
+    models.update_reference()
+    for number, (old, new) in enumerate(zip(before, models.reference_lora, strict=True)):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * number / 1000)
+    # It is used: it is neither the policy nor the original model any more.
+    _, metrics = SCRIPTS["dpo"].ncp_dpo(models, models.unet, batch, config)
+    _, of_base = SCRIPTS["dpo"].ncp_dpo(models, models.base, batch, config)
+    assert metrics["margin"].abs().max() > 0 and of_base["margin"].abs().max() > 0
+
+
+def test_with_decay_0_the_reference_is_the_policy_and_drift_is_seen_all_the_same(assets, tmp_path, monkeypatch):
+    """Each step starts at log 2. What the held-out pairs say is against the original model, also in a resumed run."""
+    found: dict[str, list] = {}
+    extra = ["--heldout_pairs", "2", "--heldout_steps", "1", "--max_train_steps", "4", "--checkpointing_steps", "2"]
+
+    def run(name: str, folder, *more: str) -> None:
+        track = lambda run, figures, step: found.setdefault(name, []).append((step, figures))  # noqa: E731
+        monkeypatch.setattr(ncp.training.run.Run, "_track", track)
+        run_here("dpo", following(assets, folder, *extra, *more, decay="0"))
+
+    run("whole", tmp_path / "whole")
+    run("half", tmp_path / "half", "--max_train_steps", "2")
+    run("half", tmp_path / "half", "--resume_from_checkpoint", "latest")
+    losses = [figures["loss"] for _, figures in found["whole"] if "loss" in figures]
+    assert losses == pytest.approx([math.log(2)] * 4, abs=1e-6)
+    drift = {n: [f["heldout_winner_drift"] for _, f in found[n] if "heldout_winner_drift" in f] for n in found}
+    assert len(drift["whole"]) == 4 and drift["half"] == drift["whole"] and max(map(abs, drift["whole"])) > 1e-4
+
+
+def test_a_resumed_run_ends_with_the_same_bits(assets, tmp_path):
+    extra = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    run_here("dpo", following(assets, tmp_path / "whole", *extra))
+    run_here("dpo", following(assets, tmp_path / "half", *extra, "--max_train_steps", "2"))
+    run_here("dpo", following(assets, tmp_path / "half", *extra, "--resume_from_checkpoint", "latest"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "half")
+    one, two = (saved_reference(tmp_path / name / "checkpoint-4") for name in ("whole", "half"))
+    early = saved_reference(tmp_path / "half" / "checkpoint-2")
+    assert all(map(torch.equal, one, two)) and not all(map(torch.equal, one, early))
+    for decay in ("0.5", "null"):
+        argv = following(assets, tmp_path / "half", *extra, "--resume_from_checkpoint", "latest", decay=decay)
+        with pytest.raises(UserError, match=r"it has reference_decay 0.75 \(this run: "):
+            run_here("dpo", argv)
+
+
+def test_several_processes_keep_the_reference_of_one(assets, tmp_path):
+    """Two of one pair each for one of two; with the other remedies beside it."""
+    save_dataset(tmp_path / "data" / "train.parquet", share_0=[0.9, 0.3] * 6)
+    extra = ["--max_train_steps", "3", "--use_8bit_adam", "false", "--adam_epsilon", "1e-3", "--soft_labels", "true"]
+    extra += ["--winner_preserving_mu", "0.5", "--dataset_name", str(tmp_path / "data")]
+    run_here("dpo", following(assets, tmp_path / "one", *extra))
+    code = "import train_ncp_dpo\nfrom ncp.common.errors import run_program\nrun_program(train_ncp_dpo.main)"
+    with ranks_of(code, following(assets, tmp_path / "two", *extra, "--train_batch_size", "1")) as ranks:
+        said = [r.communicate(timeout=300) for r in ranks]
+    assert [r.returncode for r in ranks] == [0, 0], said
+    one, two = (saved_reference(tmp_path / name / "checkpoint-3") for name in ("one", "two"))
+    most = max(p.abs().max() for p in one[1::2])  # lora_B, which starts at 0
+    assert most > 0
+    assert all((p - q).abs().max() < 1e-3 * most for p, q in zip(one, two, strict=True))

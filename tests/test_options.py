@@ -69,6 +69,7 @@ OWN = {
         ["--winner_preserving_mu", "0.9"],
         ["--utility", "linear"],
         ["--utility", "linear", "--eta", "0.45", "--space", "latent"],
+        ["--reference_decay", "0"],
     ],
     "cpo": [["--beta", "5"], ["--lam", "1"], ["--winner_preserving_mu", "0.9"]],
     "sft": [["--loss_weight", "3"]],

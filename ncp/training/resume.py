@@ -42,7 +42,7 @@ MAY_CHANGE = frozenset(
 
 
 # Keys that a script got after its first checkpoints. Other keys of its own tell it from the other scripts.
-LATER = frozenset({"winner_preserving_mu", "utility", "eta", "soft_labels"})
+LATER = frozenset({"winner_preserving_mu", "utility", "eta", "soft_labels", "reference_decay"})
 
 
 def choose_checkpoint(config: TrainingConfig, accelerator: Accelerator, inputs: dict[str, Any]) -> Path | None:

@@ -87,6 +87,8 @@ def describe_loss(config: TrainingConfig, secant: str) -> str:
         )
     if (mu := getattr(config, "winner_preserving_mu", None)) is not None:
         text += f"; losers scaled to preserve winners, mu {mu:g}"
+    if (decay := getattr(config, "reference_decay", None)) is not None:
+        text += f"; reference follows the policy, decay {decay:g}"
     if getattr(config, "soft_labels", False):
         text += "; soft labels"
     if getattr(config, "utility", None) == "linear":
