@@ -52,8 +52,8 @@ def test_a_made_up_row_takes_its_images_from_the_rows_that_hold_them(tmp_path):
         "user_id": None,
     }
     # Votes on x and y are none on x and z.
-    voted = table(rows).append_column("share_0", [[0.9, 0.2, 0.3]])
-    source = write_shards(tmp_path / "voted", voted.to_pylist(), shards=3, group=1)
+    for file, share in zip(sorted(source.rglob("*.parquet")), (0.9, 0.2, 0.3), strict=True):
+        pq.write_table(pq.read_table(file).append_column("share_0", [[share]]), file)
     filtered(source, tmp_path / "votes", "--rule", "x_y_xz")
     assert [r["share_0"] for r in read_output(tmp_path / "votes")] == [0.3, None]
     # Filtering the output again finds nothing malformed in it.
