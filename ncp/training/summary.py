@@ -92,5 +92,5 @@ def describe_loss(config: TrainingConfig, secant: str) -> str:
     if getattr(config, "soft_labels", False):
         text += "; soft labels"
     if getattr(config, "utility", None) == "linear":
-        text += "; linear utility"
+        text += f"; linear utility, eta {getattr(config, 'eta', None):g}"
     return text
