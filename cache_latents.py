@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import ncp
 import train_ncp_cpo
+import train_ncp_dpo
 import train_ncp_sft
 from ncp.common.config import parse
 from ncp.common.errors import UserError, run_program
@@ -51,7 +52,7 @@ PIXELS_PER_BATCH = 1024 * 1024  # one image for SDXL, four for SD 1.5, twice tha
 
 
 @dataclass(kw_only=True)
-class Config(train_ncp_cpo.Config, train_ncp_sft.Config):
+class Config(train_ncp_dpo.Config, train_ncp_cpo.Config, train_ncp_sft.Config):
     """The keys of every training script."""
 
 

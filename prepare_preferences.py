@@ -19,7 +19,7 @@ bytes (JPEG, PNG or WEBP) are copied, never decoded. The formats, and the winner
 
 If shares of votes are known, a winner needs more than one half and at least `min_share`. Otherwise the row is a tie,
 which the filter and the training scripts leave out. The share of image 0 is kept in the column share_0 (null if
-unknown), for losses with soft labels.
+unknown), for the training scripts' soft_labels.
 
 Columns of Pick-a-Pic that a dataset lacks are derived from its content:
 

@@ -21,7 +21,7 @@ from ncp.common.config import option, parse
 from ncp.common.errors import run_program
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
-from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square
+from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
 from ncp.training.models import Models
 from ncp.training.run import start
@@ -42,6 +42,20 @@ class Config(TrainingConfig):
         low=0,
         doc="lambda, the weight of the winner's own loss beside the preference. The paper gives no value; far below "
         "beta it has no effect",
+    )
+    winner_preserving_mu: float | None = option(
+        None,
+        low=0,
+        high=1,
+        group="against collapse",
+        doc="scale down each loser's gradient so far that a step does not raise its winner's loss, to first order "
+        "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
+        "null: never",
+    )
+    soft_labels: bool = option(
+        False,
+        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
+        "towards certainty; a row without a share counts as unanimous",
     )
 
 
@@ -68,8 +82,9 @@ def ncp_cpo(
         d_theta = displacement(x_theta)
         loss_theta = mean_square(d_theta)  # eq. 13
 
+    loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     theta_w, theta_l = loss_theta.chunk(2)
-    return cpo_loss(theta_w, theta_l, config.beta, config.lam)  # eq. 15
+    return cpo_loss(theta_w, theta_l, config.beta, config.lam, batch.get("share_w"))  # eq. 15
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ncp.common.config import option, parse
-from ncp.common.errors import run_program
+from ncp.common.errors import UserError, run_program
 from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
-from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square
+from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
 from ncp.training.models import Models
 from ncp.training.run import start
@@ -39,6 +39,42 @@ class Config(TrainingConfig):
         doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
         "2500",
     )
+    winner_preserving_mu: float | None = option(
+        None,
+        low=0,
+        high=1,
+        group="against collapse",
+        doc="scale down each loser's gradient so far that a step does not raise its winner's loss, to first order "
+        "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
+        "null: never",
+    )
+    utility: str = option(
+        "logistic",
+        choices=("logistic", "linear"),
+        doc="how a pair's weight in the gradient depends on its margin. logistic: as sigmoid(-margin). linear: as the "
+        "line 0.5 - 0.4 margin, from eta to 1 - eta (Linear-DPO)",
+    )
+    eta: float = option(
+        0.001, low=0, high=0.5, doc="smallest weight of a pair with the linear utility; 1 - eta is the largest"
+    )
+    soft_labels: bool = option(
+        False,
+        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
+        "towards certainty; a row without a share counts as unanimous",
+    )
+    reference_decay: float | None = option(
+        None,
+        low=0,
+        high=0.999999,
+        doc="let the reference follow the policy, as its exponential average: share of the old reference that is kept "
+        "at each optimizer step (Linear-DPO). null: the reference stays the original model",
+    )
+
+    def check(self) -> None:
+        """Raises UserError for keys that contradict each other."""
+        super().check()
+        if self.soft_labels and self.utility == "linear":
+            raise UserError("soft_labels needs utility: logistic; the linear one has no target")
 
 
 def ncp_dpo(
@@ -69,8 +105,10 @@ def ncp_dpo(
         d_theta = displacement(x_theta, near=(x_ref, d_ref))
         loss_theta, loss_ref = mean_square(d_theta), mean_square(d_ref)  # eq. 13
 
+    loss_theta = preserve_winners(loss_theta, out_theta, config.winner_preserving_mu)
     (theta_w, theta_l), (ref_w, ref_l) = loss_theta.chunk(2), loss_ref.chunk(2)
-    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta)  # eq. 14
+    share, utility = batch.get("share_w"), config.utility
+    return dpo_loss(theta_w, theta_l, ref_w, ref_l, config.beta, share, utility, config.eta)  # eq. 14
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,7 +30,8 @@ def metadata_of_pairs(shards: list[Shard], decision: Decision) -> pa.Table:
     count = len(made_up)
     new |= {"best_image_uid": new["image_0_uid"], "label_0": np.ones(count), "label_1": np.zeros(count)}
     new |= {"has_label": np.ones(count, bool), "are_different": np.ones(count, bool)}
-    new |= {"user_id": pa.nulls(count), "ranking_id": pc.bit_wise_not(base["ranking_id"])}
+    # Nobody's votes: not those on x and y, which the base row would give.
+    new |= {"share_0": pa.nulls(count), "user_id": pa.nulls(count), "ranking_id": pc.bit_wise_not(base["ranking_id"])}
     arrays = []
     for name in columns:
         values = new.get(name, base[name])

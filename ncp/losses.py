@@ -31,10 +31,44 @@ def latent_distance(eps_pred: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     return (eps_pred.float() - eps.float()).square().mean(dim=(1, 2, 3))
 
 
+def preserve_winners(loss: torch.Tensor, output: torch.Tensor, mu: float | None) -> torch.Tensor:
+    """`loss` (2B,), winners first, with the losers' gradients scaled down, as in Diffusion-SDPO (2511.03317).
+
+    output: the policy's output (2B, C, H, W) float32, of which a row decides the loss of that row alone. With g_w, g_l
+    the gradients of a pair's two losses with respect to their rows, the loser's becomes lambda g_l:
+
+        lambda = min(1, (1 - mu) ||g_w||^2 / <g_l, g_w>)  if <g_l, g_w> > 0, else 1
+
+    Then <g_w, -g_w + lambda g_l> <= -mu ||g_w||^2: to first order a step on the outputs does not raise the winner's
+    loss. Values stay as they are. What lies between output and loss (f) is differentiated once, here; the backward
+    pass starts at `output`. mu None, or without a gradient: `loss` itself.
+    """
+    if mu is None or not loss.requires_grad:
+        return loss
+    (gradient,) = torch.autograd.grad(loss.sum(), output)
+    g_w, g_l = gradient.flatten(1).chunk(2)
+    along = (g_l * g_w).sum(1)
+    scale = torch.where(along > 0, ((1 - mu) * g_w.square().sum(1) / along).clamp_max(1), 1.0)
+    scaled = torch.cat([g_w, scale[:, None] * g_l])
+    return loss.detach() + ((output - output.detach()).flatten(1) * scaled).sum(1)
+
+
 def dpo_loss(
-    policy_w: torch.Tensor, policy_l: torch.Tensor, ref_w: torch.Tensor, ref_l: torch.Tensor, beta: float
+    policy_w: torch.Tensor,
+    policy_l: torch.Tensor,
+    ref_w: torch.Tensor,
+    ref_l: torch.Tensor,
+    beta: float,
+    share: torch.Tensor | None = None,
+    utility: str = "logistic",
+    eta: float = 0.001,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Diffusion-DPO, eq. 14: -logsigmoid(-beta ((policy_w - ref_w) - (policy_l - ref_l))), (B,)."""
+    """Diffusion-DPO, eq. 14: -logsigmoid(-beta d), (B,), with d = (policy_w - ref_w) - (policy_l - ref_l).
+
+    share: see `logistic_loss`. The gradient in d is beta sigmoid(beta d). utility "linear" puts a clipped line in place
+    of the sigmoid, as in Linear-DPO (2605.21123): beta w (policy_w - policy_l), with w = clip(0.5 + 0.4 beta d, eta,
+    1 - eta) constant.
+    """
     drift_w, drift_l = policy_w - ref_w, policy_l - ref_l
     logit = -beta * (drift_w - drift_l)
     metrics = {
@@ -44,14 +78,35 @@ def dpo_loss(
         "winner_drift": drift_w / ref_w.clamp_min(torch.finfo(ref_w.dtype).tiny),
         **_preference(logit, policy_w, policy_l),
     }
-    return -F.logsigmoid(logit), _detached(metrics)
+    if utility == "linear":
+        # Published without beta. AdamW divides a constant factor out, but for its epsilon: at PL near 1e-5, 95% of the
+        # gradient's elements would be below it.
+        losses = beta * (0.5 - 0.4 * logit).clamp(eta, 1 - eta).detach() * (policy_w - policy_l)
+    else:
+        losses = logistic_loss(logit, share)
+    return losses, _detached(metrics)
 
 
-def cpo_loss(policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float) -> tuple[torch.Tensor, Metrics]:
-    """Diffusion-CPO, eq. 15: -logsigmoid(-beta (policy_w - policy_l)) + lam policy_w, (B,). No reference model."""
+def cpo_loss(
+    policy_w: torch.Tensor, policy_l: torch.Tensor, beta: float, lam: float, share: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Metrics]:
+    """Diffusion-CPO, eq. 15: -logsigmoid(-beta (policy_w - policy_l)) + lam policy_w, (B,). No reference model.
+
+    share: see `logistic_loss`.
+    """
     logit = -beta * (policy_w - policy_l)
     metrics = {"reward_w": -beta * policy_w, "reward_l": -beta * policy_l, **_preference(logit, policy_w, policy_l)}
-    return -F.logsigmoid(logit) + lam * policy_w, _detached(metrics)
+    return logistic_loss(logit, share) + lam * policy_w, _detached(metrics)
+
+
+def logistic_loss(logit: torch.Tensor, share: torch.Tensor | None) -> torch.Tensor:
+    """-logsigmoid(logit), (B,); with soft labels -(p logsigmoid(logit) + (1 - p) logsigmoid(-logit)).
+
+    share: p (B,), the share of the annotators who prefer the winner. The loss is smallest at sigmoid(logit) = p.
+    """
+    if share is None:
+        return -F.logsigmoid(logit)
+    return -(share * F.logsigmoid(logit) + (1 - share) * F.logsigmoid(-logit))
 
 
 def sft_loss(policy_w: torch.Tensor, weight: float) -> tuple[torch.Tensor, Metrics]:

@@ -51,6 +51,11 @@ def test_a_made_up_row_takes_its_images_from_the_rows_that_hold_them(tmp_path):
         "ranking_id": -4,  # ~3
         "user_id": None,
     }
+    # Votes on x and y are none on x and z.
+    for file, share in zip(sorted(source.rglob("*.parquet")), (0.9, 0.2, 0.3), strict=True):
+        pq.write_table(pq.read_table(file).append_column("share_0", [[share]]), file)
+    filtered(source, tmp_path / "votes", "--rule", "x_y_xz")
+    assert [r["share_0"] for r in read_output(tmp_path / "votes")] == [0.3, None]
     # Filtering the output again finds nothing malformed in it.
     assert filtered(tmp_path / "out", tmp_path / "again", "--rule", "no_ties")["rows"]["kept"] == 2
 

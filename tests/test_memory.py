@@ -23,6 +23,7 @@ SFT = ["--config", "configs/tiny_ncp_sft.yaml", *ARGUMENTS[2:]]
         ("dpo", ["--gradient_checkpointing", "true", "--checkpointed_blocks", "[up2, encoder]"]),
         ("dpo", ["--space", "latent"]),
         ("dpo", ["--encoder_blocks", "[0, mid]", "--mixed_precision", "no"]),
+        ("dpo", ["--reference_decay", "0.99"]),
         ("sft", []),
     ],
 )
@@ -43,9 +44,9 @@ def test_what_a_step_holds_is_what_was_foreseen(script, extra):
             losses.mean().backward()
     held = foreseen.activations + foreseen.working
     assert 0.8 < held / peak.bytes < 1.25, (held, peak.bytes)
-    assert foreseen.weights == memory.size_of(m.reference.parameters())
+    assert foreseen.weights == memory.size_of(m.base.parameters())
     trained = sum(p.numel() for p in m.lora_parameters)
-    assert foreseen.lora == trained * (4 + 4 + 2)
+    assert foreseen.lora == trained * (4 + 4 + 2) + memory.size_of(m.reference_lora)
 
 
 def test_inputs_are_the_encoders_weights_and_more_without_a_cache():

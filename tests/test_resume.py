@@ -59,12 +59,14 @@ def half(assets, tmp_path_factory):
 
 
 def test_a_key_that_an_older_checkpoint_lacks_counts_as_its_default(assets, half, tmp_path, monkeypatch):
-    new = ("secant", "encoder_blocks", "prediction_type")
+    new = ("secant", "encoder_blocks", "prediction_type", *resume.LATER)
     monkeypatch.setattr(resume, "read_yaml", lambda path: {k: v for k, v in read_yaml(path).items() if k not in new})
     argv = arguments(assets, shutil.copytree(half, tmp_path / "out"), "--train_batch_size", "4")
     argv += ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
     with pytest.raises(UserError, match=r"it has secant auto \(this run: 16\)$"):
         run_here("dpo", [*argv, "--secant", "16"])
+    with pytest.raises(UserError, match=r"it has winner_preserving_mu None \(this run: 0.5\)$"):
+        run_here("dpo", [*argv, "--winner_preserving_mu", "0.5"])
     run_here("dpo", argv)
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
@@ -111,7 +113,7 @@ def test_other_objectives_weights_and_data_are_other_runs_wherever_they_lie(asse
         "--resume_from_checkpoint",
         str(half / "checkpoint-2"),
     ]
-    with pytest.raises(UserError, match=r"it has lam None \(this run: 2500.0\)"):
+    with pytest.raises(UserError, match=r"lam None \(this run: 2500.0\)"):
         run_here("cpo", arguments(assets, tmp_path / "o", *resume))
     with pytest.raises(UserError, match=r"it has beta 2500.0 \(this run: None\)"):
         run_here("sft", arguments(assets, tmp_path / "o", *resume))

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoint-STEP` of
 
     pytorch_lora_weights.safetensors   the training weights, in diffusers' format
-    optimizer.pt                       state of the optimizer, the gradient scaler and the average; tensors and numbers
+    optimizer.pt                       state of the optimizer, the gradient scaler, the average and the LoRA of a
+                                       reference that follows the policy; tensors and numbers
     config.yaml                        the run's configuration
     manifest.json                      step, time, metrics since the last log entry, metadata of an exported LoRA
                                        (`facts`), what the result depends on besides the config (`inputs`), and
@@ -82,6 +83,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema": self.average.state_dict() if self.average is not None else None,
+            "reference": [p.detach().cpu() for p in self.models.reference_lora],
         }
         torch.save(state, buffer := io.BytesIO())  # torch.save to a file does not report the system's error
         (folder / "optimizer.pt").write_bytes(buffer.getbuffer())
@@ -103,6 +105,8 @@ class State:
         if self.average is not None and state["ema"] is not None:
             self.average.load_state_dict(state["ema"])
             self.average.to(self.accelerator.device)
+        for own, saved in zip(self.models.reference_lora, state.get("reference", []), strict=True):
+            own.data.copy_(saved)
 
 
 def fault(checkpoint: Path) -> str | None:

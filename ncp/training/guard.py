@@ -169,7 +169,7 @@ class Guard:
         if self.owes_look:
             return {}
         drift = figures["heldout_winner_drift"]
-        text = f"the median held-out winner's loss is {drift:.1%} above the reference's"
+        text = f"the median held-out winner's loss is {drift:.1%} above the original model's"
         if most is not None and not drift <= most:  # or NaN
             self._diverged(step, f"{text} (max_winner_drift {most:.1%})")
         bad = not drift <= self.config.warn_winner_drift
@@ -199,7 +199,8 @@ class Guard:
 
 
 class HeldOut:
-    """The held-out pairs: their losses under fixed noise, compared with the reference's. They are never trained on.
+    """The held-out pairs: their losses under fixed noise, compared with the original model's (which a reference
+    with `reference_decay` leaves: it would hide a collapse). They are never trained on.
 
     objective: the script's. The processes share the pairs.
     """
@@ -215,7 +216,7 @@ class HeldOut:
         self.objective, self.models, self.dataset = objective, models, dataset
         self.config, self.accelerator = config, accelerator
         self.share = range(accelerator.process_index, dataset.pairs.heldout, accelerator.num_processes)
-        self.reference = self._joined(list(self._losses(models.reference)))
+        self.original = self._joined(list(self._losses(models.base)))
 
     def _losses(self, unet: torch.nn.Module) -> Iterator[torch.Tensor]:
         """Yields, for each batch of this process, the losses of winners and losers (2, n); without losers (1, n)."""
@@ -236,8 +237,8 @@ class HeldOut:
         found: list[torch.Tensor] = []
         if not guard.together(step, map(found.append, self._losses(self.models.unet))):
             return {}
-        drift = self._joined(found) - self.reference
-        relative = drift[0] / self.reference[0].clamp_min(torch.finfo(drift.dtype).tiny)
+        drift = self._joined(found) - self.original
+        relative = drift[0] / self.original[0].clamp_min(torch.finfo(drift.dtype).tiny)
         figures = {"heldout_winner_drift": median(gather_object(relative.tolist()))}
         if len(drift) == 2:
             figures["heldout_accuracy"] = fmean(gather_object((drift[0] < drift[1]).tolist()))

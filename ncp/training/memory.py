@@ -38,7 +38,7 @@ class Estimate:
 
     weights: int  # the frozen U-Net, shared by policy, reference and encoder (with bf16 also f's copy of its part)
     inputs: int  # VAE and text encoders; 0 with a cache
-    lora: int  # LoRA weights, gradients, optimizer state, average
+    lora: int  # LoRA weights, gradients, optimizer state, average, a following reference's LoRA
     activations: int  # kept for the backward pass
     working: int  # peak of temporary tensors beside the others
 
@@ -113,6 +113,7 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     if config.gradient_checkpointing:
         working = max(working, largest_block(unet, encoder, config, x, t, text, added, kept))
     state = 4 + 4 + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
+    state += 4 if getattr(config, "reference_decay", None) is not None else 0
     return Estimate(
         weights, 0 if config.cached_latents else encoders(config, description), count * state, activations, working
     )

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ncp.common import hub
 from ncp.encoder import DownBlockEncoder, frozen_twin, precision_of_f
@@ -36,28 +37,41 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 class Models:
     """Everything a training step needs, on its device.
 
-    `unet` has the LoRA. `reference` and `encoder` share its frozen storage (with bfloat16 the encoder has a copy in
-    another precision, `precision_of_f`). `pipe` holds text encoders, tokenizers and VAE; with a cache it is None. The
-    VAE may be in float32 while the rest is in half precision. `secant` is the config's, with "auto" in float32 resolved
-    to "1".
+    `unet` has the LoRA. `base`, the original model, and `encoder` share its frozen storage (with bfloat16 the encoder
+    has a copy in another precision, `precision_of_f`). `reference` is `base`, or with `reference_decay` one more model
+    over that storage, with a LoRA that is an exponential average of the policy's. `pipe` holds text encoders,
+    tokenizers and VAE; with a cache it is None. The VAE may be in float32 while the rest is in half precision.
+    `secant` is the config's, with "auto" in float32 resolved to "1".
     """
 
     description: Description
     unet: UNet2DConditionModel
+    base: UNet2DConditionModel
     reference: UNet2DConditionModel
     encoder: DownBlockEncoder
     scheduler: DDPMScheduler
     pipe: StableDiffusionPipeline | StableDiffusionXLPipeline | None
     secant: str
+    reference_decay: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights."""
-        return self.reference.dtype
+        return self.base.dtype
 
     @property
     def lora_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.unet.parameters() if p.requires_grad]
+
+    @property
+    def reference_lora(self) -> list[torch.nn.Parameter]:
+        """The reference's own LoRA, in the order of `lora_parameters`; empty if it does not follow the policy."""
+        return [p for name, p in self.reference.named_parameters() if ".lora_" in name]
+
+    def update_reference(self) -> None:
+        """Moves a reference that follows the policy by the share 1 - reference_decay of its distance."""
+        if self.reference_decay is not None:
+            get_ema_multi_avg_fn(self.reference_decay)(self.reference_lora, self.lora_parameters, 1)
 
 
 def load_models(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Models:
@@ -83,25 +97,39 @@ def assemble(
     pipe: Any,
     accelerator: Accelerator,
 ) -> Models:
-    """Policy with LoRA, reference and encoder, all over the storage of `unet`, which becomes the policy."""
+    """Policy with LoRA, base, reference and encoder, all over the storage of `unet`, which becomes the policy.
+
+    At the start the reference is exactly equal to the policy.
+    """
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
+    decay = getattr(config, "reference_decay", None)  # only train_ncp_dpo.py has it
+    follower = None if decay is None else frozen_twin(unet)
     # Wrapped in the same autocast as the policy, so that at the start the two are exactly equal.
-    reference = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
+    base = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
     encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, precision_of_f(unet.dtype, accelerator.device))
     exact = encoder.unet.dtype == torch.float32 and config.secant == "auto"
     torch.manual_seed(config.seed)  # for LoRA's gaussian matrix, the only randomness outside the samples
     unet.add_adapter(lora_config(config))
     # peft gives the LoRA the base's dtype. In half precision, updates of 1e-5 would be rounded away.
     cast_training_params(unet, torch.float32)
+    reference = base
+    if follower is not None:
+        follower.add_adapter(lora_config(config))
+        follower.requires_grad_(False)
+        reference = accelerator.prepare_model(follower, evaluation_mode=True)
     if config.gradient_checkpointing:
         checkpoint_blocks(unet, config.checkpointed_blocks)
         if {"all", "encoder"} & set(config.checkpointed_blocks):
             encoder.enable_gradient_checkpointing()
     if config.torch_compile:
-        compile_blocks([unet, reference, encoder], accelerator)
-    return Models(description, unet, reference, encoder, scheduler, pipe, secant="1" if exact else config.secant)
+        compile_blocks([unet, base, encoder, *([] if follower is None else [reference])], accelerator)
+    secant = "1" if exact else config.secant
+    models = Models(description, unet, base, reference, encoder, scheduler, pipe, secant, decay)
+    for own, policys in zip(models.reference_lora, models.lora_parameters, strict=follower is not None):
+        own.data = policys.detach().clone()
+    return models
 
 
 def lora_config(config: TrainingConfig) -> LoraConfig:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ncp.common.errors import UserError
 from ncp.common.judgements import Judgements, read_judgements
 from ncp.training.settings import TrainingConfig
-from ncp.training.tables import COLUMNS, open_table, read_columns
+from ncp.training.tables import COLUMNS, SHARE, open_table, read_columns
 
 DROPPED = {  # the faults of `Judgements` in words
     "missing_caption": "without a caption",
@@ -32,7 +33,7 @@ class Pairs:
 
     The last `heldout` of them are never trained on and do not count in `len`. `source(row)` names a row's file and
     number. `dropped` counts the other rows of `table`, by reason. `manifest` is that of filter_pickapic.py, if it made
-    the dataset.
+    the dataset. share: with soft labels, the share of the annotators who prefer the winner, in [0.5, 1].
     """
 
     table: Any
@@ -43,6 +44,7 @@ class Pairs:
     dropped: dict[str, int]
     manifest: dict[str, Any] | None = None
     heldout: int = 0
+    share: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows) - self.heldout
@@ -70,7 +72,8 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     """The decisive pairs of the configured dataset, without rows that filter_pickapic.py would drop as malformed.
 
     With `cached_latents` the image columns are not read and may be missing. Raises UserError if the dataset is
-    missing or unreadable (see `open_table`), differs from its manifest, or has too few decisive pairs.
+    missing or unreadable (see `open_table`), differs from its manifest, or has too few decisive pairs, and with soft
+    labels if it has no shares.
     """
     table, files, file_rows = open_table(config)
     manifest = read_filter_manifest(Path(config.dataset_name)) if files else None
@@ -99,7 +102,32 @@ def open_pairs(config: TrainingConfig) -> Pairs:
     }
     dropped |= {reason: count for reason, count in left_out.items() if count}
     table = table.select_columns([c for c in table.column_names if c in COLUMNS])
-    return Pairs(table, rows[order], winner[order], files, file_rows, dropped, manifest, heldout=len(held))
+    pairs = Pairs(table, rows[order], winner[order], files, file_rows, dropped, manifest, heldout=len(held))
+    if getattr(config, "soft_labels", False):
+        pairs.share = winners_shares(config, texts, pairs)
+    return pairs
+
+
+def winners_shares(config: TrainingConfig, texts: pa.Table, pairs: Pairs) -> np.ndarray:
+    """The share of the annotators who prefer each pair's winner, (P,) float32; 1 where it is not known.
+
+    Raises UserError if no row has one, or if one is no share or contradicts the row's labels.
+    """
+    if SHARE not in texts.column_names or texts[SHARE].null_count == len(texts):
+        raise UserError(
+            f"soft_labels: {config.dataset_name} has no shares of votes (column {SHARE}, which prepare_preferences.py "
+            "fills in where they are known)"
+        )
+    first = pc.cast(texts[SHARE], pa.float64()).to_numpy()[pairs.rows]
+    share = np.where(pairs.winner == 0, first, 1 - first)
+    share = np.where(np.isnan(share), 1.0, share)
+    if len(wrong := np.flatnonzero(~((share >= 0.5) & (share <= 1)))):
+        where, image = pairs.source(int(pairs.rows[wrong[0]])), int(pairs.winner[wrong[0]])
+        raise UserError(
+            f"soft_labels: {where}: {SHARE} is {first[wrong[0]]:g}, and image {image} is the winner; expected a share "
+            "from 0 to 1 that is at least one half for the winner"
+        )
+    return share.astype(np.float32)
 
 
 def hold_out(caption: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Validation images: the prompts drawn with the reference and with the tuned model, during the run."""
+"""Validation images: the prompts drawn with the original and with the tuned model, during the run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Validation:
         # With a cache the run itself needs no pipeline: it is loaded only while images are drawn.
         pipe = models.pipe or load_pipe(config, models.description, self.accelerator)
         if not self._reference:
-            self._reference = draw(models, pipe, models.reference, **settings)
+            self._reference = draw(models, pipe, models.base, **settings)
         with averaged(models, self.average):
             tuned = draw(models, pipe, models.unet, **settings)
         return grid({"reference": self._reference, f"step {step}": tuned}, prompts)

@@ -41,6 +41,10 @@ MAY_CHANGE = frozenset(
 )
 
 
+# Keys that a script got after its first checkpoints. Other keys of its own tell it from the other scripts.
+LATER = frozenset({"winner_preserving_mu", "utility", "eta", "soft_labels", "reference_decay"})
+
+
 def choose_checkpoint(config: TrainingConfig, accelerator: Accelerator, inputs: dict[str, Any]) -> Path | None:
     """The checkpoint to resume from, or None for a new run. The main process chooses; the others must find the same.
 
@@ -110,6 +114,8 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
     for column in pairs.columns(["caption", "image_0_uid", "image_1_uid"]).columns:
         digest.update(repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
     digest.update(pairs.winner.tobytes())
+    if pairs.share is not None:
+        digest.update(pairs.share.tobytes())
     own = {k: v for k, v in cache.fingerprint(config, description).items() if not hasattr(config, k)}
     name = config.pretrained_model_name_or_path
     unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
@@ -123,10 +129,10 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
 def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path) -> str:
     """How the mathematics of a checkpoint's run and this one differ, in words; empty if it is the same run.
 
-    A key that all scripts share and the checkpoint lacks, since it is newer, counts as its default.
+    A key that the checkpoint lacks counts as its default if it is newer: one that all scripts share, or one of `LATER`.
     """
-    shared = fields(TrainingConfig)
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in shared}
+    newer = [*fields(TrainingConfig), *(f for f in fields(config) if f.name in LATER)]
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in newer}
     made = {**defaults, **read_yaml(checkpoint / "config.yaml"), **read_manifest(checkpoint).get("inputs", {})}
     wanted = {**asdict(config), **inputs}
     keys = [k for k in {**made, **wanted} if k not in MAY_CHANGE and made.get(k) != wanted.get(k)]

@@ -107,7 +107,8 @@ class Run:
         return finite
 
     def update_average(self) -> None:
-        """Updates the moving average of the LoRA weights, if there is one."""
+        """Updates the moving averages of the LoRA weights, if there are any: of the result, and as the reference."""
+        self.models.update_reference()
         if self.average is not None:
             self.average.step(self.models.lora_parameters)
 

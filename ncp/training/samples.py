@@ -34,7 +34,8 @@ class PairDataset(Dataset):
     A sample is a dict: `pixels` uint8 (2, 3, R, R) winner first, or (1, 3, R, R) without losers; `time_ids` (2, 6)
     original size, crop, target size in pixels (height before width), each image's own or fixed; `prompt`; `timestep`
     int64; and standard normal noise float32 (C, h, w): `eps`, one per pair; `z` and `posterior`, (2, C, h, w), one per
-    image. With a cache, the output of `Cache.pair` replaces pixels and prompt. On failure only `error`, a line.
+    image. With a cache, the output of `Cache.pair` replaces pixels and prompt. With soft labels also `share_w` float32,
+    the share of the annotators who prefer the winner. On failure only `error`, a line.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class PairDataset(Dataset):
         if config.time_ids == "fixed":
             fixed = [config.resolution, config.resolution, 0, 0, config.resolution, config.resolution]
             content["time_ids"] = torch.tensor([fixed] * self.images)
+        if self.pairs.share is not None:
+            content["share_w"] = torch.tensor(self.pairs.share[index])
         return {
             **content,
             "pair": index,
@@ -168,7 +171,8 @@ class _Positions:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """One batch, winners' images first, then losers': pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...).
+    """One batch, winners' images first, then losers': pixels, time_ids, z, posterior (2B, ...); eps, timestep (B, ...),
+    with soft labels share_w (B,).
 
     With a cache, moments (2B, ...), text and pooled (B, ...) replace pixels and prompt. An error in any sample becomes
     {"error": line}, because an exception would come out of a worker as a traceback.
@@ -177,7 +181,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         if "error" in sample:
             return {"error": sample["error"]}
     batch: dict[str, Any] = {}
-    for key in samples[0].keys() & {"eps", "timestep", "text", "pooled"}:
+    for key in samples[0].keys() & {"eps", "timestep", "text", "pooled", "share_w"}:
         batch[key] = torch.stack([s[key] for s in samples])
     for key in samples[0].keys() & {"pixels", "moments", "time_ids", "z", "posterior"}:
         batch[key] = torch.stack([s[key] for s in samples], dim=1).flatten(0, 1)

@@ -258,13 +258,13 @@ class TrainingConfig:
     warn_winner_drift: float = option(
         0.1,
         above=0,
-        doc="warn when the loss of held-out winners has risen above the reference model's by more than this share "
+        doc="warn when the loss of held-out winners has risen above the original model's by more than this share "
         "(0.1: by 10%), as the median over the pairs",
     )
     max_winner_drift: float | None = option(
         None,
         above=0,
-        doc="stop with exit status 3 when the loss of held-out winners has risen above the reference model's by more "
+        doc="stop with exit status 3 when the loss of held-out winners has risen above the original model's by more "
         "than this share (0.1: by 10%), as the median over the pairs; needs heldout_pairs. null: never stop for it",
     )
     ddp_timeout: int = option(

@@ -85,4 +85,12 @@ def describe_loss(config: TrainingConfig, secant: str) -> str:
         text += (
             f"; beta {beta:g} (the paper's beta T; {2 * beta:g} where the loss has a factor 0.5, as in Diffusion-DPO)"
         )
+    if (mu := getattr(config, "winner_preserving_mu", None)) is not None:
+        text += f"; losers scaled to preserve winners, mu {mu:g}"
+    if (decay := getattr(config, "reference_decay", None)) is not None:
+        text += f"; reference follows the policy, decay {decay:g}"
+    if getattr(config, "soft_labels", False):
+        text += "; soft labels"
+    if getattr(config, "utility", None) == "linear":
+        text += f"; linear utility, eta {getattr(config, 'eta', None):g}"
     return text

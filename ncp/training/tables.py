@@ -25,6 +25,7 @@ from ncp.training.settings import TrainingConfig
 
 COLUMNS = ("caption", "image_0_uid", "image_1_uid", "jpg_0", "jpg_1", "label_0", "label_1")
 OPTIONAL = ("has_label", "best_image_uid")  # read if a dataset has them
+SHARE = "share_0"  # share of the annotators who prefer image 0, or null: read for soft labels
 CHOSEN_REJECTED = ("prompt", "chosen", "rejected")
 COLUMN_TYPES = {  # by the first word of the column's name
     "caption": "text",
@@ -32,6 +33,7 @@ COLUMN_TYPES = {  # by the first word of the column's name
     "image": "text",
     "best": "text",
     "label": "number",
+    "share": "number",
     "has": "true or false",
     "jpg": "binary",
     "chosen": "image",
@@ -40,7 +42,7 @@ COLUMN_TYPES = {  # by the first word of the column's name
 
 
 def open_table(config: TrainingConfig) -> tuple[Any, list[Path], list[int]]:
-    """(table with COLUMNS and the existing columns of OPTIONAL, its files if local, rows of each file).
+    """(table with COLUMNS and the existing columns of `optional_columns`, its files if local, rows of each file).
 
     The table has a length, rows as dicts by number, and `select_columns`; `read_columns` reads whole columns. With
     `cached_latents` Pick-a-Pic's image columns are not read and may be missing. Raises UserError if the dataset is
@@ -54,11 +56,12 @@ def open_table(config: TrainingConfig) -> tuple[Any, list[Path], list[int]]:
         wanted = CHOSEN_REJECTED if is_chosen_rejected(has) else columns
         if missing := [c for c in wanted if c not in has]:
             raise UserError(f"{config.dataset_name}: {column_is_missing(missing, columns)}")
-        table = table.select_columns([*wanted, *(c for c in OPTIONAL if c in has and wanted is columns)])
+        optional = [c for c in optional_columns(config) if c in has and wanted is columns]
+        table = table.select_columns([*wanted, *optional])
         check_types(table.features.arrow_schema, config.dataset_name)
     else:
         wanted = CHOSEN_REJECTED if is_chosen_rejected(column_names(files[0])) else columns
-        optional = check_files(files, wanted)
+        optional = check_files(files, wanted, optional_columns(config))
         if wanted is columns and can_be_read_in_place(files, [*columns]):
             table = open_rows(files, [*columns, *optional])
         else:
@@ -66,6 +69,11 @@ def open_table(config: TrainingConfig) -> tuple[Any, list[Path], list[int]]:
     if wanted is CHOSEN_REJECTED:
         table = as_pickapic(table, config.dataset_name)
     return table, files, [pq.read_metadata(file).num_rows for file in files]
+
+
+def optional_columns(config: TrainingConfig) -> tuple[str, ...]:
+    """Columns besides COLUMNS that are read if a dataset has them."""
+    return (*OPTIONAL, SHARE) if getattr(config, "soft_labels", False) else OPTIONAL
 
 
 def read_columns(table: Any, names: list[str]) -> pa.Table:
@@ -89,8 +97,8 @@ def column_names(file: Path) -> list[str]:
         raise UserError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
-def check_files(files: list[Path], columns: tuple[str, ...]) -> list[str]:
-    """The OPTIONAL columns that all files have (of Pick-a-Pic's columns only).
+def check_files(files: list[Path], columns: tuple[str, ...], welcome: tuple[str, ...]) -> list[str]:
+    """Those of the `welcome` optional columns that all files have (of Pick-a-Pic's columns only).
 
     Raises UserError naming the first file that is unreadable, lacks a column or an optional column of the first file,
     or has a column of a wrong type.
@@ -100,7 +108,7 @@ def check_files(files: list[Path], columns: tuple[str, ...]) -> list[str]:
         names = column_names(file)
         if missing := [c for c in columns if c not in names]:
             raise UserError(f"{file}: {column_is_missing(missing, columns)}")
-        has = [c for c in OPTIONAL if c in names and columns is not CHOSEN_REJECTED]
+        has = [c for c in welcome if c in names and columns is not CHOSEN_REJECTED]
         if number and has != optional:
             odd = ", ".join(sorted(set(has) ^ set(optional)))
             raise UserError(f"{file}: column {odd} is there in some files and missing in others, such as {files[0]}")
