@@ -2,7 +2,7 @@
 
     python -m study.perception
 
-Two questions, by block of the frozen base U-Net and by timestep, on the embedded preference dataset:
+Three tables, by block of the frozen base U-Net and by timestep, on the embedded preference dataset:
 
   closer      Which of two images of a prompt is more similar to a third? The true answer is from the oracle
               (tiny/oracle.py), which measures size, position, colours, texture and finish. The table has the share of
@@ -10,6 +10,7 @@ Two questions, by block of the frozen base U-Net and by timestep, on the embedde
   preferred   Which image of a judged pair has the smaller diffusion loss under the base model, in features (eq. 13 at
               t-1) and in latent space (eq. 3), with the same noise? The table has the share of decisive pairs in which
               it is the annotators' winner.
+  mean loss   How large are these losses?
 
 Intervals are over prompts, because triplets and games of one prompt are not independent.
 """
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import train_ncp_dpo
 from ncp.common.config import parse
 from ncp.common.errors import run_program
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon
+from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement, Features
 from ncp.losses import latent_distance
 from ncp.training.engine import make_accelerator
@@ -98,8 +99,8 @@ def closer(distance: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The rows of the two tables, by distance or loss: one entry per timestep."""
+def measure() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[str]]]:
+    """The rows of the three tables, by distance or loss: one entry per timestep."""
     models = load()
     assert models.pipe is not None  # without a cache
     images, games = read_images()
@@ -118,6 +119,7 @@ def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
     near: dict[str, list[str]] = defaultdict(list)
     preferred: dict[str, list[str]] = defaultdict(list)
+    size: dict[str, list[str]] = defaultdict(list)
     for t in tqdm(TIMESTEPS, desc="timesteps"):
         eps = torch.randn(len(images), *x0.shape[1:], generator=generator)[of_prompt]
         z = torch.randn(x0.shape, generator=generator)
@@ -138,11 +140,12 @@ def measure() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
             near[name].append(share(found))
         for name, parts in losses.items():
             loss = torch.cat(parts)
+            size[name].append(f"{loss.mean():.2g}")
             by_prompt: dict[str, list[bool]] = defaultdict(list)
             for prompt, winner, loser in games:
                 by_prompt[prompt].append(bool(loss[place[prompt, winner]] < loss[place[prompt, loser]]))
             preferred[name].append(share([(sum(found), len(found)) for found in by_prompt.values()]))
-    return near, preferred
+    return near, preferred, size
 
 
 def one_step(
@@ -152,12 +155,13 @@ def one_step(
     time = torch.full((len(x0),), t)
     ddpm, c = models.scheduler, {"encoder_hidden_states": text}
     x_t = add_noise(ddpm, x0, eps, time)
-    predicted = to_epsilon(ddpm, models.reference(x_t, time, **c).sample, time, x_t)
+    output = models.reference(x_t, time, **c).sample
     t_prev = previous(time, 1)
     f = partial(models.encoder, timestep=t_prev, **c)
-    target = reverse_step(ddpm, eps, time, t_prev, x_t, z)
-    displaced: Features = Displacement(f, target, "1")(reverse_step(ddpm, predicted, time, t_prev, x_t, z))
-    losses = {"latent": latent_distance(predicted, eps)}
+    target = reverse_step(ddpm, x0, time, t_prev, x_t, z)
+    stepped = reverse_step(ddpm, to_x0(ddpm, output, time, x_t), time, t_prev, x_t, z)
+    displaced: Features = Displacement(f, target, "1")(stepped)
+    losses = {"latent": latent_distance(to_epsilon(ddpm, output, time, x_t), eps)}
     losses |= {f"block {b}": d.square().flatten(1).mean(1) for b, d in zip(BLOCKS, displaced, strict=True)}
     return {"features": models.encoder(x_t, time, **c), "losses": losses}
 
@@ -171,10 +175,13 @@ def share(counts: list[tuple[int, int]]) -> str:
 
 
 def main() -> None:
-    near, preferred = measure()
+    near, preferred, size = measure()
     head = [f"t = {t}" for t in TIMESTEPS]
     print(as_markdown([["which is closer", *head], *([name, *cells] for name, cells in near.items())]), end="\n\n")
-    print(as_markdown([["which is preferred", *head], *([name, *cells] for name, cells in preferred.items())]))
+    print(
+        as_markdown([["which is preferred", *head], *([name, *cells] for name, cells in preferred.items())]), end="\n\n"
+    )
+    print(as_markdown([["mean loss", *head], *([name, *cells] for name, cells in size.items())]))
 
 
 if __name__ == "__main__":

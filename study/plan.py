@@ -44,7 +44,7 @@ class Arm:
     @property
     def digest(self) -> str:
         """Of all that decides the arm's training but the seed."""
-        content = [self.config.read_text(encoding="utf-8"), self.script, self.steps, self.data, self.changes]
+        content = [self.config.read_text(encoding="utf-8"), self.script, self.steps[-1], self.data, self.changes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -79,7 +80,9 @@ def train(plan: Plan, arm: Arm, seed: int, threads: int) -> None:
     """Trains an arm with a seed on this many cores, unless this run is finished."""
     folder = plan.run_folder(arm, seed)
     if (folder / "README.md").is_file():
-        return
+        if all((folder / f"checkpoint-{step}").is_dir() for step in arm.steps):
+            return
+        shutil.rmtree(folder)  # another plan's run, with fewer checkpoints
     spacing = int(np.gcd.reduce(arm.steps))
     keys = {
         **arm.changes,

@@ -5,13 +5,19 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from support import ROOT, python
 
+import train_ncp_sft
+from ncp.common.config import parse
 from ncp.common.errors import UserError
+from ncp.training.inputs import conditions, latents
+from study import perception
 from study.page import filled, measured, read_claims
 from study.plan import read_plan
 from study.report import ArmResults, as_markdown, gain_at, pairs_table, read_results
 from study.statistics import at_time, hierarchical_interval, verdict, win_indicator
+from tiny.forecast import PAIRS, random_batch
 
 PLAN = """about: a toy
 seeds: [5]
@@ -154,3 +160,21 @@ def test_a_wrong_claim_is_refused_in_a_line(tmp_path, text, message):
     (tmp_path / "claims.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_claims(tmp_path / "claims.yaml")
+
+
+@pytest.mark.parametrize("space", ["perceptual", "latent"])
+def test_losses_of_the_base_model_are_those_of_training(space):
+    """study.perception measures what train_ncp_sft.py minimises: the loss of several blocks is the mean of theirs."""
+    models = perception.load()
+    argv = ["--config", "configs/tiny_ncp_sft.yaml", "--space", space, "--loss_weight", "1"]
+    config = parse(train_ncp_sft.Config, argv)
+    batch = random_batch(models, config)
+    rows = {k: v[:PAIRS] for k, v in batch.items()} | {"timestep": torch.full((PAIRS,), 37)}
+    with torch.no_grad():
+        loss, _ = train_ncp_sft.ncp_sft(models, models.unet, rows, config)
+        x0, text = latents(models, rows), conditions(models, rows)["encoder_hidden_states"]
+        found = perception.one_step(models, x0, rows["eps"], rows["z"], text, 37)["losses"]
+    wanted = (
+        found["latent"] if space == "latent" else torch.stack([found[f"block {b}"] for b in perception.BLOCKS]).mean(0)
+    )
+    assert torch.allclose(wanted, loss, rtol=1e-4)
