@@ -76,8 +76,13 @@ def prepare_data(plan: Plan, arm: Arm) -> Path:
     return folder
 
 
-def train(plan: Plan, arm: Arm, seed: int, threads: int) -> None:
-    """Trains an arm with a seed on this many cores, unless this run is finished."""
+def threads(jobs: int) -> dict[str, str]:
+    """Environment variables that divide the cores among processes that run side by side."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+def train(plan: Plan, arm: Arm, seed: int, variables: dict[str, str]) -> None:
+    """Trains an arm with a seed, unless this run is finished."""
     folder = plan.run_folder(arm, seed)
     if (folder / "README.md").is_file():
         if all((folder / f"checkpoint-{step}").is_dir() for step in arm.steps):
@@ -97,7 +102,6 @@ def train(plan: Plan, arm: Arm, seed: int, threads: int) -> None:
         "report_to": "tensorboard",
     }
     log = plan.folder / "logs" / f"{arm.name}-{seed}.log"
-    variables = {"OMP_NUM_THREADS": str(threads)}
     program(arm.script, "--config", arm.config, *as_arguments(keys), log=log, variables=variables)
 
 
@@ -107,9 +111,8 @@ def train_all(plan: Plan, jobs: int) -> None:
         prepare_data(plan, arm)
     # Every arm once before any arm again; arms that train the same are trained once.
     runs = {plan.run_folder(arm, seed): (arm, seed) for seed in plan.seeds for arm in plan.arms}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc="trained") as progress:
-        waiting = [pool.submit(train, plan, arm, seed, threads) for arm, seed in runs.values()]
+        waiting = [pool.submit(train, plan, arm, seed, threads(jobs)) for arm, seed in runs.values()]
         try:
             for done in as_completed(waiting):
                 done.result()
@@ -135,8 +138,8 @@ def search_prompts(plan: Plan) -> Path:
     return file
 
 
-def evaluate(plan: Plan) -> Path:
-    """Draws and scores the base and every checkpoint of the plan; returns the score table."""
+def evaluate(plan: Plan, jobs: int) -> Path:
+    """Draws, in `jobs` processes, and scores the base and every checkpoint of the plan; returns the score table."""
     folder = plan.folder / "evaluation"
     models = [f"{n}={plan.run_folder(a, s) / f'checkpoint-{k}'}" for n, (a, s, k) in model_names(plan).items()]
     keys = {
@@ -146,9 +149,11 @@ def evaluate(plan: Plan) -> Path:
         "seed": 1 if plan.prompts == "search" else 0,
         "output_dir": str(folder),
     }
-    for step in ("generate", "score"):
-        arguments = ["--config", "configs/eval_tiny.yaml", *as_arguments(keys)]
-        program("evaluate.py", step, *arguments, log=plan.folder / "evaluate.log")
+    arguments = ["--config", "configs/eval_tiny.yaml", *as_arguments(keys)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", jobs] if jobs > 1 else []
+    log = plan.folder / "evaluate.log"
+    program(*launcher, "evaluate.py", "generate", *arguments, log=log, variables=threads(jobs))
+    program("evaluate.py", "score", *arguments, log=log)
     return folder / "scores.parquet"
 
 
@@ -198,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="for datasets, runs and pictures")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time; on a GPU 1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at the same time; on a GPU 1")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     args = parser.parse_args()
     plan = read_plan(args.plan, args.output_dir)
@@ -206,7 +211,9 @@ def main() -> None:
         f"{plan.about}: {len(plan.arms)} arms x {len(plan.seeds)} seeds, on {plan.max_prompts} {plan.prompts} prompts"
     )
     train_all(plan, args.jobs)
-    print(f"wrote {write_results(plan, evaluate(plan), args.results)}; python -m study.report {plan.name} shows it")
+    print(
+        f"wrote {write_results(plan, evaluate(plan, args.jobs), args.results)}; python -m study.report {plan.name} shows it"
+    )
 
 
 if __name__ == "__main__":
