@@ -56,8 +56,9 @@ class DownBlockEncoder(nn.Module):
     ) -> DownBlockEncoder:
         """An encoder that shares `unet`'s storage; make it before adapters are added.
 
-        blocks: down-block indices (0 is the first; text such as "0" is accepted), "last", or "mid". The feature of
-        a block is its output to the next block. dtype: if it differs from the weights', the encoder's part of them is
+        blocks: down-block indices (0 is the first; text such as "0" is accepted), "last", "mid", or "sample". The
+        feature of a block is its output to the next block; "sample" gives the input itself, which separates what f
+        sees from how eq. 13 weighs timesteps. dtype: if it differs from the weights', the encoder's part of them is
         copied. Raises ValueError for a block that does not exist.
         """
         taps = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
@@ -65,7 +66,7 @@ class DownBlockEncoder(nn.Module):
             raise ValueError(f"encoder blocks {taps}: expected at least one, each once")
         twin = frozen_twin(unet)
         if "mid" not in taps:
-            del twin.down_blocks[max(int(tap) for tap in taps) + 1 :]
+            del twin.down_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
             twin.mid_block = None
         twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
         if dtype not in (None, twin.dtype):
@@ -88,6 +89,7 @@ class DownBlockEncoder(nn.Module):
         scaled = dtype == torch.float16 and sample.requires_grad
         if scaled:
             sample = _Enter.apply(sample.float(), scale)
+        outputs: dict[int | str, torch.Tensor] = {"sample": sample}
         sample, text = sample.to(dtype), encoder_hidden_states.to(dtype).repeat(rounds, 1, 1)
         timestep, added = (
             timestep.repeat(rounds),
@@ -103,7 +105,6 @@ class DownBlockEncoder(nn.Module):
             emb = unet.time_embed_act(emb)
         text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
 
-        outputs: dict[int | str, torch.Tensor] = {}
         h = unet.conv_in(sample)
         for index, block in enumerate(unet.down_blocks):
             attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
@@ -159,14 +160,14 @@ def precision_of_f(weights: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def normalize_block(block: int | str, count: int) -> int | str:
-    """A block's index in [0, count), or "mid". Raises ValueError for any other name."""
-    if block == "mid":
-        return "mid"
+    """A block's index in [0, count), "mid" or "sample". Raises ValueError for any other name."""
+    if block in ("mid", "sample"):
+        return block
     if block == "last":
         return count - 1
     if str(block).isdigit() and int(block) < count:
         return int(block)
-    raise ValueError(f"encoder block {block!r}: expected 'last', 'mid' or an index from 0 to {count - 1}")
+    raise ValueError(f"encoder block {block!r}: expected 'last', 'mid', 'sample' or an index from 0 to {count - 1}")
 
 
 @dataclass

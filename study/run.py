@@ -211,9 +211,8 @@ def main() -> None:
         f"{plan.about}: {len(plan.arms)} arms x {len(plan.seeds)} seeds, on {plan.max_prompts} {plan.prompts} prompts"
     )
     train_all(plan, args.jobs)
-    print(
-        f"wrote {write_results(plan, evaluate(plan, args.jobs), args.results)}; python -m study.report {plan.name} shows it"
-    )
+    table = write_results(plan, evaluate(plan, args.jobs), args.results)
+    print(f"wrote {table}; python -m study.report {plan.name} shows it")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pipelines import unet
 
 from ncp.encoder import Displacement, DownBlockEncoder, frozen_twin, precision_of_f
 
-BLOCKS = [("last",), (0,), ("1",), ("mid",), (0, 1, 2), ("mid", 0), ("last", "mid")]
+BLOCKS = [("last",), (0,), ("1",), ("mid",), (0, 1, 2), ("mid", 0), ("last", "mid"), ("sample",), ("sample", 0)]
 
 
 def inputs(xl: bool, n: int = 3) -> dict:
@@ -41,9 +41,9 @@ def test_output_is_the_unets_own_activation(xl, blocks):
     model, kwargs = unet(xl), inputs(xl)
     features = DownBlockEncoder.from_unet(model, blocks)(**kwargs)
     features = (features,) if len(blocks) == 1 else features
-    seen = hooked(model, kwargs)
+    seen = hooked(model, kwargs) | {"sample": kwargs["sample"]}
     for block, feature in zip(blocks, features, strict=True):
-        key = block if block == "mid" else len(model.down_blocks) - 1 if block == "last" else int(block)
+        key = block if block in ("mid", "sample") else len(model.down_blocks) - 1 if block == "last" else int(block)
         assert torch.equal(feature, seen[key])
 
 

@@ -110,7 +110,8 @@ class TrainingConfig:
     encoder_blocks: list[str] = option(
         ["last"],
         doc="U-Net blocks whose outputs are the features: last (the last down block), mid, or indices of down blocks "
-        "from 0. The loss of several is the mean of their losses",
+        "from 0. The loss of several is the mean of their losses. sample: the noisy sample itself, without the U-Net, "
+        "to see what the U-Net adds",
     )
     timestep_offset: str = option(
         "1",
