@@ -139,7 +139,7 @@ def search_prompts(plan: Plan) -> Path:
 
 
 def evaluate(plan: Plan, jobs: int) -> Path:
-    """Draws, in `jobs` processes, and scores the base and every checkpoint of the plan; returns the score table."""
+    """Draws and scores the base and every checkpoint of the plan, in `jobs` processes; returns the score table."""
     folder = plan.folder / "evaluation"
     models = [f"{n}={plan.run_folder(a, s) / f'checkpoint-{k}'}" for n, (a, s, k) in model_names(plan).items()]
     keys = {
@@ -152,8 +152,8 @@ def evaluate(plan: Plan, jobs: int) -> Path:
     arguments = ["--config", "configs/eval_tiny.yaml", *as_arguments(keys)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", jobs] if jobs > 1 else []
     log = plan.folder / "evaluate.log"
-    program(*launcher, "evaluate.py", "generate", *arguments, log=log, variables=threads(jobs))
-    program("evaluate.py", "score", *arguments, log=log)
+    for step in ("generate", "score"):
+        program(*launcher, "evaluate.py", step, *arguments, log=log, variables=threads(jobs))
     return folder / "scores.parquet"
 
 
