@@ -5,7 +5,7 @@
 The page's text is written by hand. Between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` stands what this program puts:
 
     <!-- claims -->                            one row per claim: result with interval, verdict, command
-    <!-- arms PLAN JUDGE -->                   one row per arm of a plan
+    <!-- arms PLAN JUDGE [PREFIX ...] -->      one row per arm of a plan, or of those whose names begin so
     <!-- pairs PLAN JUDGE A:B ... -->          one row per pair of arms
     <!-- plot PLAN JUDGE -->                   curves, written beside the results
 
@@ -114,7 +114,8 @@ def filled(page: str, claims: list[dict[str, Any]], plot: Callable[..., object] 
         plan, judge, *names = words.split()
         base, arms = read_results(RESULTS / f"{plan}.csv", judge)
         if kind == "arms":
-            content = as_markdown(arms_table(base, arms))
+            shown = {name: arm for name, arm in arms.items() if not names or name.startswith(tuple(names))}
+            content = as_markdown(arms_table(base, shown))
         elif kind == "pairs":
             content = as_markdown(pairs_table(base, arms, [(a, b) for a, b in (n.split(":") for n in names)]))
         else:
