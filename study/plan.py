@@ -91,7 +91,7 @@ def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
         config = Path(keys.pop("config", ""))
         if not config.is_file() or config.stem.rpartition("_")[2] not in SCRIPTS:
             raise UserError(f"{path}: arm '{name}' needs config: one of configs/*_{{{','.join(SCRIPTS)}}}.yaml")
-        data = content.get("data", {"rule": "absolute_winners"}) | keys.pop("data", {})
+        data = keys.pop("data", content.get("data", {"rule": "absolute_winners"}))
         steps = sorted(keys.pop("steps", content["steps"]))
         arms.append(Arm(name, config, steps, data, keys))
     count, seeds = content.get("max_prompts", 88), content["seeds"]
