@@ -63,10 +63,10 @@ class Arm:
         if self.kind == "straightforward":
             assert pipe is not None
             pipe.vae.float()
-            self.copy = copy.deepcopy(unet).requires_grad_(False)  # with its own storage
+            self.copy = copy.deepcopy(unet)  # with its own storage
+            self.copy_encoder = DownBlockEncoder.from_unet(self.copy)
             if config.gradient_checkpointing:
-                self.copy.enable_gradient_checkpointing()
-            self.copy_encoder = DownBlockEncoder(self.copy, [len(self.copy.down_blocks) - 1])
+                self.copy_encoder.enable_gradient_checkpointing()
         self.m = assemble(config, description, unet, scheduler, pipe, self.accelerator)
         self.optimizer = make_optimizer(config, self.m.lora_parameters)
         self.unet, self.optimizer = self.accelerator.prepare(self.m.unet, self.optimizer)
@@ -244,7 +244,9 @@ class _Kept:
 
     def __init__(self, peak: PeakSaved, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
-        self.peak, self.tensor, self.key, self.size = peak, tensor, storage.data_ptr(), storage.nbytes()
+        # Detached: an output that kept its node, which keeps the output, would stay for ever.
+        self.peak, self.tensor = peak, tensor.detach()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
         if isinstance(tensor._base if tensor._is_view() else tensor, torch.nn.Parameter):
             self.size = 0
         held = peak.holders.get(self.key, 0)

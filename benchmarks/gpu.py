@@ -106,7 +106,7 @@ def parts(dry: bool, extra: list[str], scratch: Path, results: Path) -> list[Par
     def kernels(name: str, model: str, size: int, limit: float) -> Part:
         options = ["--model", "tiny" if dry else model, "--json", "{json}", *precision, *extra]
         arm = f"plain:{OFF},{N}={2 if dry else size}"
-        return Part(name, limit, ["benchmarks/kernels.py", "--arms", arm, *options], gpu_report.kernels)
+        return Part(name, limit, ["benchmarks/profiling.py", "--arms", arm, *options], gpu_report.kernels)
 
     def memory(name: str, model: str, limit: float) -> Part:
         options = ["--measure", "tiny" if dry else model, "--json", "{json}", *precision[: 2 * dry], *extra]

