@@ -65,7 +65,7 @@ ARMS = {
     "options-sdxl": options(4),
     "options-sd15": options(16),
 }
-TOY_ARMS = {"sdxl": f"kept-2:{OFF},{N}=2 straightforward:{ON},{N}=2"}
+TOY_ARMS = f"kept-2:{OFF},{N}=2 straightforward:{ON},{N}=2"
 TOY_PLAN = {
     "about": "dry run",
     "max_prompts": 2,
@@ -95,12 +95,12 @@ def parts(dry: bool, extra: list[str], scratch: Path, results: Path) -> list[Par
     def steps(name: str, model: str, limit: float) -> Part:
         arms, toy = ARMS[name], ["--steps", "1"] if dry else ["--steps", "4"]
         if dry:
-            model, arms = "tiny", TOY_ARMS.get(name, f"plain:{OFF},{N}=2")
+            model, arms = "tiny", TOY_ARMS
         options = ["--model", model, "--one_by_one", "--json", "{json}", "--arms", arms, *toy, *precision, *extra]
         return Part(name, limit, ["benchmarks/step.py", *options], gpu_report.steps)
 
     def tests(name: str, files: tuple[str, ...], limit: float, *toy: str) -> Part:
-        quick = ["-p", "no:cacheprovider", "-q", "-rf", "--durations=0", "--durations-min=20", *(toy if dry else ())]
+        quick = ["-p", "no:cacheprovider", "-v", "-rfE", "--tb=short", "--durations=3", *(toy if dry else ())]
         return Part(name, limit, ["-m", "pytest", *quick, *files], gpu_report.tests)
 
     def kernels(name: str, model: str, size: int, limit: float) -> Part:
@@ -185,20 +185,24 @@ def main() -> None:
         wanted = args.only.split(",") if args.only else [part.name for part in todo]
         if unknown := [name for name in wanted if name not in {part.name for part in todo}]:
             raise UserError(f"--only {unknown[0]}: expected some of: {', '.join(part.name for part in todo)}")
+        begun: dict[str, str] = {}
         for part in todo:
             left = end - time.monotonic()
             if part.name not in wanted:
                 continue
-            if left < 10:
-                result: dict[str, Any] = {"status": "not begun: the minutes are over", "seconds": 0, "figures": None}
+            twin = begun.setdefault(" ".join(part.arguments), part.name)
+            if twin != part.name:  # at toy size
+                result = {"status": f"done as {twin}", "seconds": 0, "figures": None, "output": ""}
+            elif left < 10:
+                result = {"status": "not begun: the minutes are over", "seconds": 0, "figures": None, "output": ""}
             else:
                 result = run(part, min(part.limit, left), log, scratch)
-            shown = "" if result["figures"] is None and not result.get("output") else section(part, result)
+            shown = section(part, result) if result["output"] or result["figures"] else ""
             found["parts"][part.name] = {k: v for k, v in result.items() if k != "output"} | {"shown": shown}
             print(f"== {part.name}: {result['status']}, {result['seconds']:.0f} s\n{shown}", flush=True)
             write_text(folder / "results.json", json.dumps(found, indent=1))
             write_text(folder / "report.md", gpu_report.report(found))
-    if any(result["status"] != "done" for result in found["parts"].values()):
+    if not all(result["status"].startswith("done") for result in found["parts"].values()):
         sys.exit(1)
 
 

@@ -1,11 +1,13 @@
-"""How many kernels a training step runs, and on a GPU where its time goes: one profiled step of each arm.
+"""What a training step is made of: its kernels, operations and memory, and on a GPU where its time goes.
 
-    python benchmarks/profiling.py --model tiny --train_batch_size 2 --arms "plain compiled:torch_compile=true"
+    python benchmarks/profiling.py --train_batch_size 8 --arms "cached pixels straightforward"
+    python benchmarks/profiling.py --train_batch_size 2 --arms "plain compiled:torch_compile=true"
     python benchmarks/profiling.py --model sdxl --train_batch_size 4 --json profile.json
 
 Models and arms are those of step.py. On a GPU a kernel is what the profiler sees on the device; idle is the share of
 the step in which none ran. On a CPU a kernel is an innermost operation that computes or copies (views and allocations
-aside), or a loop that the compiler made of several. Kernels that bitsandbytes starts on a CPU are not seen.
+aside), or a loop that the compiler made of several. Kernels that bitsandbytes starts on a CPU are not seen. Kept is the
+most that autograd holds at one time, without weights. Operations and memory are not counted for compiled arms.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
-from arm import Arm
+from arm import Arm, PeakSaved
 from torch._inductor import config as inductor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -99,7 +101,12 @@ def profiled(arm: Arm) -> dict[str, Any]:
         duration = (kernel.time_range.end - kernel.time_range.start) / 1e6
         seconds[kind_of(kernel.name)] += duration
         by_name[kernel.name[:100]] += duration
-    return {
+    counted: dict[str, Any] = {}
+    if not arm.config.torch_compile:  # the counters look into what a compiler has merged
+        with PeakSaved() as kept:
+            arm.step()
+        counted = {"flops": arm.flops(), "kept_bytes": kept.bytes, "weights_bytes": arm.weights_bytes()}
+    return counted | {
         "kernels": len(kernels),
         "compiled_kernels": sum(kind_of(k.name) == "compiled" for k in kernels),
         "first_step_s": first,
@@ -132,6 +139,9 @@ def main() -> None:
             f"{found['first_step_s']:.1f} s, profiled step {found['step_s']:.3f} s{idle}",
             flush=True,
         )
+        if "flops" in found:
+            kept, weights = found["kept_bytes"] / 2**20, found["weights_bytes"] / 2**20
+            print(f"    {found['flops'] / 1e9:.2f} GFLOP, {kept:.1f} MiB kept, {weights:.1f} MiB of weights")
         for kind, seconds in found["seconds_by_kind"].items():
             print(f"    {seconds / sum(found['seconds_by_kind'].values()):>4.0%} {kind}")
         if args.json:

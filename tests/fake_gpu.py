@@ -86,6 +86,9 @@ class Waits(TorchDispatchMode):
             non_blocking = kwargs.get("non_blocking") or (packet is torch.ops.aten.copy_ and len(args) > 2 and args[2])
             if target.type != source.device.type and not (non_blocking and target.type == GPU.type):
                 self.note("copy to the GPU" if target.type == GPU.type else "read")
+            if packet is torch.ops.aten._to_copy and target.type == GPU.type != source.device.type:
+                # A constant would be copied in earnest.
+                return torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=target)
         return func(*args, **kwargs)
 
     def zeros(self, tensor: torch.Tensor) -> Any:
@@ -184,7 +187,7 @@ CASES: dict[str, Any] = {  # script, model, cached, arguments
 }
 SPOILED: dict[str, Callable[[torch.Tensor], Any]] = {
     "item": lambda losses: losses.mean().item(),
-    "copy": lambda losses: losses * torch.ones(2).to(losses.device),
+    "copy": lambda losses: losses * torch.tensor([1.0, 1.0]).to(losses.device),
     "cpu": lambda losses: losses.detach().cpu(),
 }
 
