@@ -27,7 +27,7 @@ from ncp.training.models import Models, load_models
 from ncp.training.pairs import open_pairs
 from ncp.training.pipeline import describe
 from ncp.training.run import Run
-from ncp.training.samples import PairDataset, loader
+from ncp.training.samples import PairDataset, loader, to_device
 from ncp.training.settings import TrainingConfig
 from ncp.training.weights import WEIGHTS
 
@@ -119,13 +119,13 @@ def altered(kind: str, change: Callable[[int, torch.Tensor], torch.Tensor]) -> d
 
 
 def loaded(config: TrainingConfig, images: int) -> tuple[Models, dict[str, Any]]:
-    """(models, first batch) as a script has them. images: 2 for winner and loser, 1 for the winner alone."""
+    """(models, first batch) on the device, as a script has them. images: 2 for winner and loser, 1 for winners."""
     with as_a_process():
         accelerator = make_accelerator(config)
     description = describe(config)
     shape = description.latent_shape(config.resolution)
     dataset = PairDataset(config, open_pairs(config), shape, description.num_timesteps, images)
-    batch = next(iter(loader(dataset, config, 0, 0, 1)))
+    batch = to_device(next(iter(loader(dataset, config, 0, 0, 1))), accelerator)
     return load_models(config, description, accelerator), batch
 
 
