@@ -25,7 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ncp.training.pipeline import Description, scheduler_like
+from ncp.training.pipeline import Description
+from ncp.training.schedules import scheduler_like
 from ncp.training.single_file import ARCHITECTURES
 
 NAMES = ("sd15", "sdxl")
@@ -49,7 +50,7 @@ def description(name: str) -> Description:
 
 
 def unet(name: str, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    return _build(UNet2DConditionModel, description(name).unet, dtype, device)
+    return _build(UNet2DConditionModel, description(name).denoiser, dtype, device)
 
 
 def scheduler(name: str) -> DDPMScheduler:

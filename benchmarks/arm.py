@@ -105,12 +105,12 @@ class Arm:
         description, size = self.m.description, self.config.train_batch_size
         shape = description.latent_shape(self.config.resolution)
         draw = partial(torch.randn, device=self.device)
-        low, high = self.config.first_timestep, description.num_timesteps
+        among = description.timesteps(self.config.k).among
         batch: dict[str, Any] = {
             "eps": draw(size, *shape),
             "z": draw(2 * size, *shape),
             "posterior": draw(2 * size, *shape),
-            "timestep": torch.randint(low, high, (size,), device=self.device),
+            "timestep": torch.randint(among.start, among.stop, (size,), device=self.device),
             "time_ids": torch.tensor([[*2 * [self.config.resolution], 0, 0, *2 * [self.config.resolution]]] * 2 * size),
         }
         batch["time_ids"] = batch["time_ids"].to(self.device)

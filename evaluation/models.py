@@ -210,7 +210,8 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     """
     import diffusers
 
-    from ncp.training.pipeline import check_prediction, read_json, read_schedule, scheduler_like
+    from ncp.training.pipeline import read_json, read_schedule
+    from ncp.training.schedules import check_prediction, scheduler_like
 
     base = config.pretrained_model_name_or_path
     settings, _ = read_schedule(config)

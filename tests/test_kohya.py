@@ -19,7 +19,7 @@ from benchmarks.architectures import description
 from ncp.common.errors import UserError
 from ncp.training.checkpoints import read_manifest
 from ncp.training.kohya import base_model, file_name, kohya_state
-from ncp.training.models import LORA_TARGETS
+from ncp.training.unets import LORA_TARGETS
 from ncp.training.weights import WEIGHTS, read_lora
 
 runs = lora_runs.runs

@@ -26,6 +26,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
+from ncp.training import unets
 from ncp.training.images import decode_image
 from ncp.training.inputs import vae_moments
 from ncp.training.models import assemble, lora_config
@@ -162,7 +163,7 @@ def measured(
     script = OBJECTIVES[objective]
     settings = {"pretrained_model_name_or_path": "-", "dataset_name": "-", "output_dir": "-", "space": space}
     config = script.Config(**settings | KEYS[objective] | {"cached_latents": "-"} | keys)
-    description: Any = SimpleNamespace(vae={"scaling_factor": 1.0})
+    description: Any = SimpleNamespace(vae={"scaling_factor": 1.0}, family=unets)
     rows = 2 * s.pairs if objective != "sft" else s.pairs
 
     class Engine:  # the part of accelerate that `assemble` uses; accelerate has no float16 on a CPU
@@ -208,7 +209,7 @@ def _truths(name: str, pairs: int, t: tuple[int, ...], space: str) -> dict[str, 
     policy = copy.deepcopy(s.unet).double()
     reference, f = copy.deepcopy(policy), copy.deepcopy(policy)
     config = train_ncp_dpo.Config(pretrained_model_name_or_path="-", dataset_name="-", output_dir="-")
-    policy.add_adapter(lora_config(config))
+    policy.add_adapter(lora_config(config, unets.LORA_TARGETS))
     weights = lora_weights(policy.double(), s.lora_std)
     c = _map(lambda v: v.double(), s.conditions)
     abar = schedule().alphas_cumprod.double()

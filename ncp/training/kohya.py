@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from ncp.common.errors import UserError
 from ncp.common.files import write_file
+from ncp.training import sd3, unets
 from ncp.training.models import Models
 from ncp.training.samples import PairDataset
 from ncp.training.weights import WEIGHTS
@@ -63,12 +64,17 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
         layer, _, part = name.removesuffix(".weight").rpartition(".")
         if part not in PARTS:
             raise UserError(f"{name}: not a LoRA weight that kohya's form can hold")
-        key = "lora_unet_" + layer.replace(".", "_")
+        key = f"{prefix_of(layer)}_" + layer.replace(".", "_")
         out[f"{key}.{PARTS[part]}.weight"] = tensor.to(dtype).contiguous()
         out[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
         if not out[f"{key}.{PARTS[part]}.weight"].isfinite().all():
             raise UserError(f"{name}: not finite in {dtype}")
     return out
+
+
+def prefix_of(layer: str) -> str:
+    """The first words of the names of a model's layers: those of SD3's transformer are in `transformer_blocks`."""
+    return sd3.LORA_PREFIX if layer.startswith("transformer_blocks.") else unets.LORA_PREFIX
 
 
 def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[st
     return {
         "method": method,
         "is_xl": models.description.is_xl,
-        "prediction_type": models.scheduler.config.prediction_type,
+        "prediction_type": models.scheduler.config.get("prediction_type"),
         "pairs": len(dataset.pairs),
         "prompts": len(pc.unique(captions)),
         "images": len(dataset.pairs) * dataset.images,
