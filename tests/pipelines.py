@@ -108,7 +108,7 @@ def save_pipeline(folder: Path, xl: bool = False, **scheduler_changes) -> Path:
 
 
 def transformer(**changes) -> SD3Transformer2DModel:
-    """SD3's transformer of eight blocks over 2 x 2 patches; the first two have a second attention, as SD3.5-medium's."""
+    """SD3's transformer of eight blocks over 2 x 2 patches; the first two have a second attention, as in SD3.5."""
     torch.manual_seed(0)
     settings = {
         "sample_size": 16, "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 8,

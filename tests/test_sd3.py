@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from pipelines import SIDE
+from PIL import Image
+from pipelines import SIDE, unet
 from runs import SCRIPTS, arguments, assert_same_weights, call, loaded, refusal, run_here, weights
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import cache_latents
+import export_lora
 import train_ncp_dpo
+from evaluation.generate import generate, seed_of
+from evaluation.protocol import EvaluationConfig
 from ncp.common.config import parse
+from ncp.common.errors import UserError
 from ncp.training import memory
-from ncp.training.inputs import conditions, embed_prompts
+from ncp.training.drawing import draw
+from ncp.training.inputs import conditions, embed_prompts, vae_moments
 from ncp.training.pipeline import SCHEDULER, describe
 from ncp.training.sd3 import LORA_TARGETS
 
@@ -114,8 +122,6 @@ def test_pictures_are_those_of_the_pipeline_with_the_saved_lora(assets, tmp_path
     drawing += ["--validation_guidance_scale", "2", "--validation_seed", "5", *LENGTH]
     run = run_here("sft", arguments(assets, tmp_path / "out", *drawing, "--learning_rate", "0.05", model="sd3"))
     assert (tmp_path / "out" / "validation" / "step-000002.png").is_file()
-    from ncp.training.drawing import draw
-
     settings = {"resolution": SIDE, "num_inference_steps": 3, "guidance_scale": 2.0, "accelerator": run.accelerator}
     ours = {
         part: np.asarray(draw(run.models, run.models.pipe, module, ["a red circle"], [5], **settings)[0]).astype(int)
@@ -131,13 +137,96 @@ def test_pictures_are_those_of_the_pipeline_with_the_saved_lora(assets, tmp_path
     assert abs(ours["tuned"] - ours["reference"]).max() > 8
 
 
+# ---------------------------------------------------------------- the LoRA's files
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory):
+    """The output folder of a run with alpha = rank / 2."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    extra = ["--learning_rate", "0.05", "--rank", "4", "--lora_alpha", "2", *LENGTH]
+    run_here("sft", arguments(assets, out, *extra, model="sd3"))
+    return out
+
+
+def test_comfyui_finds_every_layer_under_both_names(trained):
+    """ComfyUI (comfy/lora.py) looks for a layer of its MMDiT under diffusers' name after "transformer.", and under it
+    with `_` for `.` after "lora_transformer_". Of the factors it knows lora_A and lora_B, and kohya's suffixes."""
+    last = {"attn.to_add_out"}  # what the last block has not
+    layers = [f"transformer_blocks.{i}.{t}" for i in range(8) for t in LORA_TARGETS if i < 7 or t not in last]
+    ours = weights(trained)
+    assert ours.keys() == {f"transformer.{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")}
+    with safe_open(trained / "out.safetensors", "pt") as file:
+        kohya, told = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert kohya.keys() == {f"lora_transformer_{n.replace('.', '_')}.{p}" for n in layers for p in parts}
+    assert {v.item() for k, v in kohya.items() if k.endswith("alpha")} == {2.0}
+    for name in layers:
+        key = f"lora_transformer_{name.replace('.', '_')}"
+        assert torch.equal(kohya[f"{key}.lora_down.weight"], ours[f"transformer.{name}.lora_A.weight"])
+        assert torch.equal(kohya[f"{key}.lora_up.weight"], ours[f"transformer.{name}.lora_B.weight"])
+    assert (told["modelspec.architecture"], told["ss_base_model_version"]) == ("stable-diffusion-3/lora", "sd3")
+    assert "modelspec.prediction_type" not in told
+
+
+def test_an_exported_file_is_the_runs_own_and_a_fused_pipeline_draws_as_base_and_lora(assets, trained, tmp_path):
+    call(export_lora.main, ["--lora", str(trained), "--output", str(tmp_path / "again.safetensors")])
+    first, again = load_file(trained / "out.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    call(export_lora.main, ["--lora", str(trained), "--fuse", "--output", str(tmp_path / "fused")])
+    pipe = own_pipeline(assets, "sd3")
+    pipe.load_lora_weights(trained)
+    fused = own_pipeline(tmp_path, "fused")
+    latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    keys = {"latents": latents, "num_inference_steps": 3, "output_type": "latent", "max_sequence_length": 5}
+    pictures = [p("a cat", **keys).images for p in (pipe, fused)]
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-4)
+    pipe.unload_lora_weights()
+    assert (pipe("a cat", **keys).images - pictures[0]).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_the_evaluation_draws_base_and_lora_as_the_pipeline(assets, trained, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    unet().save_pretrained(tmp_path / "unet" / "unet")
+    settings = {
+        "pretrained_model_name_or_path": assets / "sd3", "models": f"[base, tuned={trained}]", "scorers": "clip",
+        "prompts": tmp_path / "prompts.txt", "resolution": SIDE, "num_inference_steps": 3, "guidance_scale": 2,
+        "max_sequence_length": 5, "mixed_precision": "no", "output_dir": tmp_path / "out",
+    }  # fmt: skip
+
+    def config(**changes) -> EvaluationConfig:
+        return parse(EvaluationConfig, [str(a) for k, v in {**settings, **changes}.items() for a in (f"--{k}", v)])
+
+    def picture(folder: str, name: str) -> np.ndarray:
+        (file,) = (tmp_path / folder / "images" / name).glob("*.png")
+        return np.asarray(Image.open(file)).astype(int)
+
+    generate(config())
+    generate(config(output_dir=tmp_path / "longer", max_sequence_length=6, models="base", scheduler="euler"))
+    pipe = own_pipeline(assets, "sd3")
+    keys = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": SIDE, "width": SIDE, "max_sequence_length": 5}
+    for name in ("base", "tuned"):
+        if name == "tuned":
+            pipe.load_lora_weights(trained)
+        expected = pipe("a cat", generator=torch.Generator().manual_seed(seed_of(0, "a cat", 0)), **keys).images[0]
+        assert abs(picture("out", name) - np.asarray(expected).astype(int)).max() <= 1
+    assert (picture("longer", "base") != picture("out", "base")).any()
+    for changes, message in (
+        ({"scheduler": "ddim"}, "is a flow-matching model: euler or pipeline"),
+        ({"models": f"[x={tmp_path / 'unet'}]"}, "it is a U-Net, and the base has a transformer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(config(output_dir=tmp_path / "refused", **changes))
+
+
 # ---------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("extra", [[], ["--gradient_checkpointing", "true"], ["--space", "latent"]])
 def test_what_a_step_holds_is_what_was_foreseen(assets, tmp_path, extra):
-    from ncp.training.inputs import vae_moments
-
     argv = arguments(assets, tmp_path, "--train_batch_size", "8", *LENGTH, *extra, model="sd3")
     config = parse(train_ncp_dpo.Config, argv)
     foreseen = memory.estimate(config, describe(config), 2, cuda=False)

@@ -14,6 +14,9 @@ library/sai_model_spec.py). AUTOMATIC1111 shows some as a table, and tells SD 1,
 `ss_base_model_version` and `ss_v2` (AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/network.py). There
 is no date, so that every export of one LoRA is the same.
 
+For SD3 the names begin with lora_transformer (lora_transformer_transformer_blocks_0_attn_to_q), which ComfyUI and Forge
+look for (`model_lora_keys_unet`). There they also find a LoRA of SD3 in diffusers' format, but not its alpha.
+
 Blocks have diffusers' names, for SDXL too. ComfyUI, Forge and AUTOMATIC1111 read these. kohya's own tools for SDXL,
 such as its sdxl_merge_lora.py, know only the names of the original checkpoint.
 """
@@ -37,6 +40,7 @@ from ncp.training.models import Models
 from ncp.training.samples import PairDataset
 from ncp.training.weights import WEIGHTS
 
+SD3_BLOCKS = "transformer_blocks."  # how the names of SD3's layers begin; a U-Net's never do
 PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}  # peft's names of the two factors, and kohya's
 SDXL_TEXT_WIDTH, SD2_TEXT_WIDTH = 2048, 1024  # of the prompt's embedding, the input of the cross-attention
 
@@ -73,8 +77,8 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
 
 
 def prefix_of(layer: str) -> str:
-    """The first words of the names of a model's layers: those of SD3's transformer are in `transformer_blocks`."""
-    return sd3.LORA_PREFIX if layer.startswith("transformer_blocks.") else unets.LORA_PREFIX
+    """How the names of a model's layers begin in kohya's form."""
+    return sd3.LORA_PREFIX if layer.startswith(SD3_BLOCKS) else unets.LORA_PREFIX
 
 
 def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[str, Any]:
@@ -149,6 +153,8 @@ def base_model(
 
     The width of the text embedding tells SD 1 from SD 2, and, if is_xl is None, also SDXL.
     """
+    if any(k.startswith(SD3_BLOCKS) for k in state):
+        return "sd3", False, "stable-diffusion-3"
     width = next((t.shape[1] for k, t in state.items() if k.endswith("attn2.to_k.lora_A.weight")), None)
     if is_xl if is_xl is not None else width == SDXL_TEXT_WIDTH:
         return "sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base"
