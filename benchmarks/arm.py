@@ -64,7 +64,7 @@ class Arm:
             assert pipe is not None
             pipe.vae.float()
             self.copy = copy.deepcopy(unet)  # with its own storage
-            self.copy_encoder = DownBlockEncoder.from_unet(self.copy)
+            self.copy_encoder = DownBlockEncoder.from_model(self.copy)
             if config.gradient_checkpointing:
                 self.copy_encoder.enable_gradient_checkpointing()
         self.m = assemble(config, description, unet, scheduler, pipe, self.accelerator)
@@ -107,12 +107,12 @@ class Arm:
         description, size = self.m.description, self.config.train_batch_size
         shape = description.latent_shape(self.config.resolution)
         draw = partial(torch.randn, device=self.device)
-        low, high = self.config.first_timestep, description.num_timesteps
+        among = description.timesteps(self.config.k).among
         batch: dict[str, Any] = {
             "eps": draw(size, *shape),
             "z": draw(2 * size, *shape),
             "posterior": draw(2 * size, *shape),
-            "timestep": torch.randint(low, high, (size,), device=self.device),
+            "timestep": torch.randint(among.start, among.stop, (size,), device=self.device),
             "time_ids": torch.tensor([[*2 * [self.config.resolution], 0, 0, *2 * [self.config.resolution]]] * 2 * size),
         }
         batch["time_ids"] = batch["time_ids"].to(self.device)

@@ -1,10 +1,11 @@
 """Which settings fit into which GPU, by the estimate of ncp/training/memory.py: a Markdown table.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [MODEL ...]
     python benchmarks/memory.py --measure sdxl    # the estimate against what four settings take, on a GPU
 
 For each memory size and model, with a cache: the largest train_batch_size (a power of two) with and without gradient
-checkpointing, if at least one pair fits. Settings: bf16 or fp16, rank 64, 8-bit AdamW.
+checkpointing, if at least one pair fits. Settings: bf16 (fp16 is less, since f has no copy; SD3.5: fp16), rank 64,
+8-bit AdamW.
 
 Measured is the peak that PyTorch's allocator has handed out in two steps (on a CPU: of the tensors), so the estimate it
 is compared with is without CUDA's own memory and without fragments. `reserved` has the fragments.
@@ -35,8 +36,8 @@ CHOICES = {"nothing": [], "the encoder": ["encoder"], "all": ["all"]}
 
 def need(model: str, batch: int, blocks: list[str]) -> float:
     """Memory of an NCP-DPO run in GiB."""
-    argv = ["--config", str(ROOT / f"configs/{model}_ncp_dpo.yaml"), "--cached_latents", "-"]
-    argv += ["--train_batch_size", str(batch), "--mixed_precision", "bf16"]
+    argv = ["--config", str(ROOT / f"configs/{model[:4]}_ncp_dpo.yaml"), "--cached_latents", "-"]
+    argv += ["--train_batch_size", str(batch), "--mixed_precision", "fp16" if model.startswith("sd35") else "bf16"]
     argv += ["--gradient_checkpointing", str(bool(blocks)), "--checkpointed_blocks", ",".join(blocks) or "all"]
     config = parse(train_ncp_dpo.Config, argv)
     return memory.estimate(config, architectures.description(model), 2).total / 2**30
@@ -107,13 +108,13 @@ def main() -> None:
     if args.measure:
         measure(args.measure, argv, args.json)
     else:
-        table()
+        table(argv)
 
 
-def table() -> None:
+def table(models: list[str]) -> None:
     print("| model | recomputed | " + " | ".join(f"{size} GiB" for size in SIZES) + " |")
     print("|---" * (len(SIZES) + 2) + "|")
-    for model in architectures.NAMES:
+    for model in models or architectures.NAMES:
         for name, blocks in CHOICES.items():
             needs = {batch: need(model, batch, blocks) for batch in (1, 2, 4, 8, 16, 32, 64)}
             cells = []

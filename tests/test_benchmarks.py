@@ -148,10 +148,11 @@ def test_the_targets_scale_with_the_card():
 
 def test_the_architectures_are_the_published_ones():
     import architectures
-    from diffusers import UNet2DConditionModel
 
-    published = {"sd15": 859_520_964, "sdxl": 2_567_463_684}  # parameters of the published U-Nets
+    # Parameters of the published U-Nets and transformers.
+    published = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd35m": 2_243_171_520, "sd35l": 8_056_627_520}
     for name, count in published.items():
+        described = architectures.description(name)
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(architectures.description(name).unet)
-        assert sum(p.numel() for p in unet.parameters()) == count
+            model = described.family.MODEL.from_config(described.denoiser)
+        assert sum(p.numel() for p in model.parameters()) == count

@@ -64,7 +64,7 @@ def first_batches(argv: list[str], count: int):
     description, pairs = describe(config), open_pairs(config)
     opened = cache.open_cache(config, description, pairs)
     shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, pairs, shape, description.num_timesteps, 2, opened)
+    dataset = PairDataset(config, pairs, shape, description.timesteps(config.k), 2, opened)
     with as_a_process():
         accelerator = make_accelerator(config)
     m = load_models(config, description, accelerator)

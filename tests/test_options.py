@@ -91,7 +91,7 @@ IN_PASSING = {
     "dataclasses", "ncp.common.config", "ncp.training.cache", "ncp.training.memory", "ncp.training.result",
     "ncp.training.resume", "ncp.training.settings", "ncp.training.summary",
 }  # fmt: skip
-PROPERTIES = {"timestep_offset": {"k", "first_timestep"}}
+PROPERTIES = {"timestep_offset": {"k"}}
 
 
 def recording(config: type[TrainingConfig], read: set[str]) -> type[TrainingConfig]:

@@ -57,7 +57,7 @@ def print_summary(
 def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> str:
     """How many distinct prompts there are, and how many are longer than the text encoder reads."""
     prompts = pc.unique(pairs.columns(["caption"])["caption"].combine_chunks()).to_pylist()
-    limit = models.description.text_shape[0]
+    limit = models.description.text_encoders[0]["max_position_embeddings"]
     # A token covers at least one byte: short prompts need no counting.
     long = [p for p in prompts if len(p.encode()) >= limit // 2]
     name = config.pretrained_model_name_or_path
