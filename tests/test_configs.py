@@ -200,9 +200,11 @@ def keys_read(program: str) -> set[str]:
 
 
 def attributes(tree: ast.AST) -> list[tuple[str, str]]:
-    """(attribute, what it is read of) for each attribute that is read in the code."""
+    """(attribute, what it is read of) for each attribute that is read in the code, by its name or by getattr."""
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    return [(n.attr, ast.unparse(n.value)) for n in nodes]
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
+    named = [(n.args[1].value, ast.unparse(n.args[0])) for n in calls if isinstance(n.args[1], ast.Constant)]
+    return [*((n.attr, ast.unparse(n.value)) for n in nodes), *named]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
