@@ -7,9 +7,10 @@ trains the policy to lower this loss, relative to the reference, more on winners
 
     accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml [--any_key value ...]
 
-`space: latent` is plain Diffusion-DPO. Differences from the printed equations: the mean instead of the sum
-over features, 1 - abar_t in eq. 12, t from 1 to T-1, and in half precision a derivative instead of the
-small difference of eq. 13 (`secant`, docs/precision.md).
+`space: latent` is plain Diffusion-DPO. For SD3 the first blocks of its transformer take the place of the down blocks,
+and flow matching that of DDPM. Differences from the printed equations: the mean instead of the sum over features,
+1 - abar_t in eq. 12, t from 1 to T-1, and in half precision a derivative instead of the small difference of eq. 13
+(`secant`, docs/precision.md).
 """
 
 from collections.abc import Sequence
