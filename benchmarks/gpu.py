@@ -65,7 +65,7 @@ ARMS = {
     "options-sdxl": options(4),
     "options-sd15": options(16),
 }
-TOY_ARMS = f"kept-2:{OFF},{N}=2 straightforward:{ON},{N}=2"
+TOY_ARMS = f"recomputed-2:{ON},{N}=2 straightforward:{ON},{N}=2"
 TOY_PLAN = {
     "about": "dry run",
     "max_prompts": 2,
@@ -197,7 +197,7 @@ def main() -> None:
             elif left < 10:
                 result = {"status": "not begun: the minutes are over", "seconds": 0, "figures": None, "output": ""}
             else:
-                result = run(part, min(part.limit, left), log, scratch)
+                result = run(part, left if args.dry_run else min(part.limit, left), log, scratch)
             shown = section(part, result) if result["output"] or result["figures"] else ""
             found["parts"][part.name] = {k: v for k, v in result.items() if k != "output"} | {"shown": shown}
             print(f"== {part.name}: {result['status']}, {result['seconds']:.0f} s\n{shown}", flush=True)

@@ -62,7 +62,8 @@ def test_accumulation_gives_the_gradient_of_one_batch(assets, tmp_path, figures)
         split = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
         run_here("dpo", accumulated(assets, tmp_path / f"out-{batch}", *split, "--max_train_steps", "1"))
     norms = [f["grad_norm"] for f in figures]
-    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=5e-3)
+    # Each split rounds otherwise; one that is not divided by its number would be two or four times as large.
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=0.03)
 
 
 # ---------------------------------------------------------------- the gradient scaler
@@ -129,7 +130,6 @@ OPTIONS = {
     "checkpointing": ["--gradient_checkpointing", "true"],
     "channels last": ["--channels_last", "true"],
     "AdamW of torch": ["--use_8bit_adam", "false"],
-    "8-bit state": ["--rank", "256"],  # 256 x 32 elements: bitsandbytes keeps smaller tensors' state in 32 bits
     "compiled": ["--torch_compile", "true"],
 }
 ON_A_GPU = ("compiled",)  # test_models.py has it in float32
@@ -151,6 +151,6 @@ def test_options_leave_the_losses_alone(assets, tmp_path, plain, figures, option
     run = run_here("dpo", accumulated(assets, tmp_path / "out", *OPTIONS[option]))
     for ours, theirs in zip(figures, plain, strict=True):
         assert ours["policy_w"] == pytest.approx(theirs["policy_w"], rel=0.05)
-        assert option == "8-bit state" or ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
     state = {v.dtype for entry in run.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)}
-    assert (torch.uint8 in state) is (option == "8-bit state")
+    assert (torch.uint8 in state) is (option != "AdamW of torch")
