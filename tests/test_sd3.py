@@ -9,9 +9,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from pipelines import SIDE, unet
-from runs import SCRIPTS, arguments, assert_same_weights, call, loaded, refusal, run_here, weights
+from runs import SCRIPTS, arguments, assert_same_weights, call, launch, loaded, refusal, run_here, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import torchrun
 
 import cache_latents
 import export_lora
@@ -115,6 +116,20 @@ def test_a_resumed_run_ends_with_the_same_bits(assets, tmp_path):
     resumed = arguments(assets, tmp_path / "parts", *extra, "2", "--resume_from_checkpoint", "latest", model="sd3")
     run_here("dpo", resumed)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_train_as_one(assets, tmp_path):
+    # AdamW moves a weight by lr whatever its gradient's size: with a small epsilon, summation noise would show.
+    argv = [*LENGTH, "--use_8bit_adam", "false", "--adam_epsilon", "1e-3", "--learning_rate", "1e-2", "--beta", "1e7"]
+    two = arguments(assets, tmp_path / "two", *argv, "--train_batch_size", "1", model="sd3")
+    done = launch("train_ncp_dpo.py", two, *torchrun(2), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    run_here("dpo", arguments(assets, tmp_path / "one", *argv, model="sd3"))
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = {name: value.abs().max() for name, value in one.items() if "lora_B" in name}
+    assert max(moved.values()) > 1e-4
+    for name in moved:
+        assert (one[name] - other[name]).abs().max() < 1e-2 * max(moved.values()), name
 
 
 def test_pictures_are_those_of_the_pipeline_with_the_saved_lora(assets, tmp_path):

@@ -75,7 +75,7 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
 def describe_loss(config: TrainingConfig, secant: str) -> str:
     """The objective in words, beta in both conventions. secant: the config's, as `Models.secant` resolves it."""
     if config.space == "latent":
-        text = "squared error of the noise (latent baseline)"
+        text = "squared error of the noise, for SD3 of the velocity (latent baseline)"
     else:
         difference = "eq. 13 as printed" if secant == "1" else f"secant {secant}"
         difference += f" (derivative over {config.secant_length:g})" if secant == "auto" else ""
