@@ -177,7 +177,8 @@ def main() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         extra += ["--use_8bit_adam", "false"]
     folder.mkdir(parents=True, exist_ok=True)
-    log, found = folder / "log.txt", {"environment": environment(), "extra": extra, "parts": {}}
+    log = folder / "log.txt"
+    found: dict[str, Any] = {"environment": environment(), "extra": extra, "parts": {}}
     log.write_text("")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
