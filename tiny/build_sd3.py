@@ -1,6 +1,6 @@
 """Builds the embedded default's second model: a tiny Stable Diffusion 3 of the same world, beside the U-Net one.
 
-You do not need to run this: its output is in the repository (`tiny/model-sd3`).
+Its output, `tiny/model-sd3`, is not in the repository yet: it was never trained to the end. Tests use random weights.
 
     python -m tiny.build_sd3                  trains it into tiny/work, then copies it to tiny/model-sd3
     python -m tiny.build_sd3 --look FOLDER    draws the validation prompts with a pipeline, prints the oracle's scores
