@@ -149,9 +149,9 @@ def test_each_image_and_prompt_is_encoded_once(assets, tmp_path, monkeypatch):
         encoded["images"] += len(pixels)
         return vae_moments(vae, pixels)
 
-    def count_prompts(pipe, prompts):
+    def count_prompts(pipe, prompts, length):
         encoded["prompts"] += len(prompts)
-        return embed_prompts(pipe, prompts)
+        return embed_prompts(pipe, prompts, length)
 
     monkeypatch.setattr(cache_latents, "vae_moments", count_images)
     monkeypatch.setattr(cache_latents, "embed_prompts", count_prompts)

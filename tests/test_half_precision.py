@@ -46,7 +46,7 @@ def test_policy_and_reference_begin_equal(assets, tmp_path, figures, precision, 
     run = run_here("dpo", accumulated(assets, tmp_path / "out", precision=precision, model=model), **steps)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     assert run.models.dtype == dtype and run.models.lora_parameters[0].dtype == torch.float32
-    of_f = run.models.encoder.unet.dtype
+    of_f = run.models.encoder.dtype
     assert of_f == (torch.float16 if GPU or precision == "fp16" else torch.float32)
     assert run.models.secant == ("1" if of_f == torch.float32 else "auto")
     assert model == "sd" or run.models.pipe.vae.dtype == torch.float32  # which its config asks for
