@@ -141,8 +141,8 @@ def main() -> None:
         idle = "" if found["idle"] is None else f", idle {found['idle']:.0%}"
         optimizer = f", {n} in the optimizer" if (n := found["optimizer_kernels"]) is not None else ""
         print(
-            f"{arm.name}: {found['kernels']} kernels a step{optimizer}, {found['compiled_kernels']} compiled; first step "
-            f"{found['first_step_s']:.1f} s, profiled step {found['step_s']:.3f} s{idle}",
+            f"{arm.name}: {found['kernels']} kernels a step{optimizer}, {found['compiled_kernels']} compiled; first "
+            f"step {found['first_step_s']:.1f} s, profiled step {found['step_s']:.3f} s{idle}",
             flush=True,
         )
         if "flops" in found:
