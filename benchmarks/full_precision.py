@@ -2,8 +2,8 @@
 
     python benchmarks/full_precision.py sd15 sdxl --json precision.json    # on a GPU
 
-U-Nets of the published shapes with random weights (architectures.py), random latents and conditions, one step of
-NCP-SFT and of NCP-DPO with two pairs, `secant: auto`. tiny.precision runs the same steps on small U-Nets, there against
+U-Nets of the published shapes with random weights (architectures.py), random latents and conditions, steps of NCP-SFT
+and NCP-DPO with two pairs, `secant: auto`. tiny.precision runs the same steps on small U-Nets, there against
 an independent float64 implementation. In float32 the steps agree with it, so float32 is the reference here.
 """
 
@@ -23,7 +23,7 @@ import architectures
 import torch
 import torch.nn.functional as F
 
-from tiny.precision import DEVICE, NAMES, Outcome, Setting, measured, setting
+from tiny.precision import DEVICE, NAMES, OBJECTIVES, Outcome, Setting, measured, setting
 
 TIMESTEPS = ((20, 250), (550, 900))  # of two pairs
 PAIRS = 2
@@ -57,13 +57,14 @@ def compared(ours: Outcome, exact: Outcome) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=("tiny", *architectures.NAMES))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["sft", "dpo"])
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     print("| U-Net | objective | t | arithmetic | loss ratio | gradient cosine | norm ratio |\n" + "|---" * 7 + "|")
     for model in args.models:
         s = full_size(model)
-        for objective in ("sft", "dpo"):
+        for objective in args.objectives:
             for t in TIMESTEPS[: 1 if model == "tiny" else None]:
                 outcomes = {}
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):

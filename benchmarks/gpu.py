@@ -113,7 +113,7 @@ def parts(dry: bool, extra: list[str], scratch: Path, results: Path) -> list[Par
         return Part(name, limit, ["benchmarks/memory.py", *options], gpu_report.output)
 
     precision = ["--mixed_precision", "no" if dry else "fp16"]
-    models = ["tiny"] if dry else ["sd15", "sdxl"]
+    models = ["tiny", "--objectives", "sft"] if dry else ["sd15", "sdxl"]
     plan = ROOT / "study/plans/dpo.yaml"
     if dry:
         plan = scratch / "plan.yaml"

@@ -76,6 +76,10 @@ def on_the_cpu(events: Any) -> list[Any]:
     return [event for event in events if works(event) and not any_below(event)]
 
 
+def in_the_optimizer(event: Any) -> bool:
+    return event is not None and (event.name.startswith("Optimizer.step") or in_the_optimizer(event.cpu_parent))
+
+
 def busy(kernels: list[Any]) -> float:
     """Seconds in which at least one kernel ran."""
     total, end = 0.0, float("-inf")
@@ -108,6 +112,7 @@ def profiled(arm: Arm) -> dict[str, Any]:
         counted = {"flops": arm.flops(), "kept_bytes": kept.bytes, "weights_bytes": arm.weights_bytes()}
     return counted | {
         "kernels": len(kernels),
+        "optimizer_kernels": None if cuda else sum(map(in_the_optimizer, kernels)),
         "compiled_kernels": sum(kind_of(k.name) == "compiled" for k in kernels),
         "first_step_s": first,
         "step_s": step_s,
@@ -134,9 +139,10 @@ def main() -> None:
         figures["device"], found = str(arm.device), profiled(arm)
         figures["arms"][name] = found
         idle = "" if found["idle"] is None else f", idle {found['idle']:.0%}"
+        optimizer = f", {n} in the optimizer" if (n := found["optimizer_kernels"]) is not None else ""
         print(
-            f"{arm.name}: {found['kernels']} kernels a step, {found['compiled_kernels']} of them compiled; first step "
-            f"{found['first_step_s']:.1f} s, profiled step {found['step_s']:.3f} s{idle}",
+            f"{arm.name}: {found['kernels']} kernels a step{optimizer}, {found['compiled_kernels']} compiled; first "
+            f"step {found['first_step_s']:.1f} s, profiled step {found['step_s']:.3f} s{idle}",
             flush=True,
         )
         if "flops" in found:
