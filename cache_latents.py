@@ -122,11 +122,11 @@ def encode_shard(pipe: Any, images: Images, positions: list[int], config: Config
     return {"moments": torch.cat(moments), "time_ids": torch.cat(time_ids)}
 
 
-def prompt_shard(pipe: Any, prompts: list[str], bar: tqdm) -> dict[str, torch.Tensor]:
-    """text float16 (n, S, D) and, for SDXL, pooled float16 (n, P)."""
+def prompt_shard(pipe: Any, prompts: list[str], max_sequence_length: int, bar: tqdm) -> dict[str, torch.Tensor]:
+    """text float16 (n, S, D) and, for SDXL and SD3, pooled float16 (n, P)."""
     parts = []
     for i in range(0, len(prompts), PROMPTS_PER_PASS):
-        parts.append(embed_prompts(pipe, prompts[i : i + PROMPTS_PER_PASS]))
+        parts.append(embed_prompts(pipe, prompts[i : i + PROMPTS_PER_PASS], max_sequence_length))
         bar.update(len(parts[-1][0]))
     text, pooled = zip(*parts, strict=True)
     shard = {"text": torch.cat(text).half().cpu()}
@@ -205,7 +205,8 @@ def write_shards(
             if kind == "images":
                 tensors = encode_shard(pipe, images, list(span), config, bar)
             else:
-                tensors = prompt_shard(pipe, kinds[kind][span.start : span.stop].to_pylist(), bar)
+                prompts = kinds[kind][span.start : span.stop].to_pylist()
+                tensors = prompt_shard(pipe, prompts, config.max_sequence_length, bar)
             write_file(cache.shard_path(folder, kind, number), partial(save_file, tensors))
 
 

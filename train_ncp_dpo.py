@@ -7,9 +7,10 @@ trains the policy to lower this loss, relative to the reference, more on winners
 
     accelerate launch train_ncp_dpo.py --config configs/sd15_ncp_dpo.yaml [--any_key value ...]
 
-`space: latent` is plain Diffusion-DPO. Differences from the printed equations: the mean instead of the sum
-over features, 1 - abar_t in eq. 12, t from 1 to T-1, and in half precision a derivative instead of the
-small difference of eq. 13 (`secant`, docs/precision.md).
+`space: latent` is plain Diffusion-DPO. For SD3 the first blocks of its transformer take the place of the down blocks,
+and flow matching that of DDPM. Differences from the printed equations: the mean instead of the sum over features,
+1 - abar_t in eq. 12, t from 1 to T-1, and in half precision a derivative instead of the small difference of eq. 13
+(`secant`, docs/precision.md).
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ import torch
 
 from ncp.common.config import option, parse
 from ncp.common.errors import UserError, run_program
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
@@ -84,21 +84,21 @@ def ncp_dpo(
     x0 = latents(models, batch)  # (2B, C, h, w)
     c = conditions(models, batch)
     t, eps, z = batch["timestep"].repeat(2), batch["eps"].repeat(2, 1, 1, 1), batch["z"]
-    ddpm = models.scheduler
+    d, s = models.diffusion, models.scheduler  # ncp/ddpm.py, or ncp/flow.py for SD3
 
-    x_t = add_noise(ddpm, x0, eps, t)  # eq. 1
-    out_theta = unet(x_t, t, **c).sample
+    x_t = d.add_noise(s, x0, eps, t)  # eq. 1
+    out_theta = unet(x_t, timestep=t, **c).sample
     with torch.no_grad():
-        out_ref = models.reference(x_t, t, **c).sample
+        out_ref = models.reference(x_t, timestep=t, **c).sample
 
     if config.space == "latent":
-        loss_theta = latent_distance(to_epsilon(ddpm, out_theta, t, x_t), eps)  # eq. 3
-        loss_ref = latent_distance(to_epsilon(ddpm, out_ref, t, x_t), eps)
+        loss_theta = latent_distance(d.to_target(s, out_theta, t, x_t), d.target(x0, eps))  # eq. 3
+        loss_ref = latent_distance(d.to_target(s, out_ref, t, x_t), d.target(x0, eps))
     else:
-        t_prev = previous(t, config.k)  # t'
-        x_target = reverse_step(ddpm, x0, t, t_prev, x_t, z)  # eq. 2
-        x_theta = reverse_step(ddpm, to_x0(ddpm, out_theta, t, x_t), t, t_prev, x_t, z)  # eq. 12
-        x_ref = reverse_step(ddpm, to_x0(ddpm, out_ref, t, x_t), t, t_prev, x_t, z)
+        t_prev = d.previous(t, config.k)  # t'
+        x_target = d.reverse_step(s, x0, t, t_prev, x_t, z)  # eq. 2
+        x_theta = d.reverse_step(s, d.to_x0(s, out_theta, t, x_t), t, t_prev, x_t, z)  # eq. 12
+        x_ref = d.reverse_step(s, d.to_x0(s, out_ref, t, x_t), t, t_prev, x_t, z)
         f = partial(models.encoder, timestep=t_prev.clamp_min(0), **c)
         displacement = Displacement(f, x_target, models.secant, config.secant_length)  # x -> f(x) - f(x_target)
         d_ref = displacement(x_ref)

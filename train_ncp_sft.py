@@ -17,7 +17,6 @@ import torch
 
 from ncp.common.config import option, parse
 from ncp.common.errors import run_program
-from ncp.ddpm import add_noise, previous, reverse_step, to_epsilon, to_x0
 from ncp.encoder import Displacement
 from ncp.losses import Metrics, latent_distance, mean_square, sft_loss
 from ncp.training.inputs import conditions, latents
@@ -50,17 +49,17 @@ def ncp_sft(
     x0 = latents(models, batch)  # (B, C, h, w)
     c = conditions(models, batch)
     t, eps, z = batch["timestep"], batch["eps"], batch["z"]
-    ddpm = models.scheduler
+    d, s = models.diffusion, models.scheduler  # ncp/ddpm.py, or ncp/flow.py for SD3
 
-    x_t = add_noise(ddpm, x0, eps, t)  # eq. 1
-    out_theta = unet(x_t, t, **c).sample
+    x_t = d.add_noise(s, x0, eps, t)  # eq. 1
+    out_theta = unet(x_t, timestep=t, **c).sample
 
     if config.space == "latent":
-        loss_theta = latent_distance(to_epsilon(ddpm, out_theta, t, x_t), eps)  # eq. 3
+        loss_theta = latent_distance(d.to_target(s, out_theta, t, x_t), d.target(x0, eps))  # eq. 3
     else:
-        t_prev = previous(t, config.k)  # t'
-        x_target = reverse_step(ddpm, x0, t, t_prev, x_t, z)  # eq. 2
-        x_theta = reverse_step(ddpm, to_x0(ddpm, out_theta, t, x_t), t, t_prev, x_t, z)  # eq. 12
+        t_prev = d.previous(t, config.k)  # t'
+        x_target = d.reverse_step(s, x0, t, t_prev, x_t, z)  # eq. 2
+        x_theta = d.reverse_step(s, d.to_x0(s, out_theta, t, x_t), t, t_prev, x_t, z)  # eq. 12
         f = partial(models.encoder, timestep=t_prev.clamp_min(0), **c)
         displacement = Displacement(f, x_target, models.secant, config.secant_length)  # x -> f(x) - f(x_target)
         d_theta = displacement(x_theta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import architectures
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import train_ncp_dpo
 from ncp.common.config import parse
@@ -39,6 +40,7 @@ class Arm:
         kind, _, changes = name.partition(":")
         options = [c for c in changes.split(",") if "=" in c]
         self.kind = "pixels" if "pixels" in changes.split(",") else kind if kind in KINDS else "cached"
+        self.name = kind
         argv = [*argv, *(a for option in options for a in (f"--{option.partition('=')[0]}", option.partition("=")[2]))]
         config = parse(train_ncp_dpo.Config, argv)
         self.config = config = replace(config, cached_latents="-" if self.kind == "cached" else None, report_to="none")
@@ -62,9 +64,9 @@ class Arm:
             assert pipe is not None
             pipe.vae.float()
             self.copy = copy.deepcopy(unet)  # with its own storage
+            self.copy_encoder = DownBlockEncoder.from_model(self.copy)
             if config.gradient_checkpointing:
-                self.copy.enable_gradient_checkpointing()
-            self.copy_encoder = DownBlockEncoder(self.copy, [len(self.copy.down_blocks) - 1])
+                self.copy_encoder.enable_gradient_checkpointing()
         self.m = assemble(config, description, unet, scheduler, pipe, self.accelerator)
         self.optimizer = make_optimizer(config, self.m.lora_parameters)
         self.unet, self.optimizer = self.accelerator.prepare(self.m.unet, self.optimizer)
@@ -105,12 +107,12 @@ class Arm:
         description, size = self.m.description, self.config.train_batch_size
         shape = description.latent_shape(self.config.resolution)
         draw = partial(torch.randn, device=self.device)
-        low, high = self.config.first_timestep, description.num_timesteps
+        among = description.timesteps(self.config.k).among
         batch: dict[str, Any] = {
             "eps": draw(size, *shape),
             "z": draw(2 * size, *shape),
             "posterior": draw(2 * size, *shape),
-            "timestep": torch.randint(low, high, (size,), device=self.device),
+            "timestep": torch.randint(among.start, among.stop, (size,), device=self.device),
             "time_ids": torch.tensor([[*2 * [self.config.resolution], 0, 0, *2 * [self.config.resolution]]] * 2 * size),
         }
         batch["time_ids"] = batch["time_ids"].to(self.device)
@@ -170,25 +172,27 @@ class Arm:
 
     def flops(self) -> float:
         """Floating-point operations of a step."""
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        return counter.get_total_flops()
+        return operations(self.step)
 
     def peak_memory_gib(self) -> float:
         return peak_memory_gib(self.device)
 
     def tensors_gib(self) -> float:
         """GiB of all parameters and optimizer state (each storage once), plus the peak of a step's other tensors."""
+        state = [v for entry in self.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
+        with Peak() as peak:
+            self.step()
+        return (self.weights_bytes() + sum(v.nbytes for v in state) + peak.bytes) / 2**30
+
+    def weights_bytes(self) -> int:
+        """Bytes of the parameters of all models, each storage once."""
         modules = [self.m.unet, self.m.reference, self.m.encoder, getattr(self, "copy", None)]
         if self.m.pipe is not None:
             modules += [part for part in self.m.pipe.components.values() if isinstance(part, torch.nn.Module)]
         storages = {
             s.data_ptr(): s for module in modules if module for p in module.parameters() if (s := p.untyped_storage())
         }
-        state = [v for entry in self.optimizer.state.values() for v in entry.values() if torch.is_tensor(v)]
-        with Peak() as peak:
-            self.step()
-        return (sum(s.nbytes() for s in storages.values()) + sum(v.nbytes for v in state) + peak.bytes) / 2**30
+        return sum(s.nbytes() for s in storages.values())
 
     def matmul_ceiling(self) -> float:
         """Floating-point operations per second of a large matrix product, in the step's precision."""
@@ -199,3 +203,59 @@ class Arm:
         for _ in range(count):
             a @ a
         return 2 * n**3 * count / (self._now() - start)
+
+
+ATTENTION_ON_CPU = {  # PyTorch's counter leaves out the CPU's fused kernel
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in `work()`, by PyTorch's count."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class PeakSaved:
+    """The most bytes at one time that autograd keeps for the backward pass inside the block, parameters aside.
+
+    now: bytes kept at present; a storage that several operations keep counts once.
+    """
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+        self.now = self.bytes = 0
+
+    def __enter__(self) -> PeakSaved:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(partial(_Kept, self), lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.hooks.__exit__(*exception)
+
+
+class _Kept:
+    """A tensor in autograd's keeping; it goes with its node of the graph."""
+
+    def __init__(self, peak: PeakSaved, tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        # Detached: an output that kept its node, which keeps the output, would stay for ever.
+        self.peak, self.tensor = peak, tensor.detach()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
+        if isinstance(tensor._base if tensor._is_view() else tensor, torch.nn.Parameter):
+            self.size = 0
+        held = peak.holders.get(self.key, 0)
+        peak.holders[self.key] = held + 1
+        if not held:
+            peak.now += self.size
+            peak.bytes = max(peak.bytes, peak.now)
+
+    def __del__(self) -> None:
+        self.peak.holders[self.key] -= 1
+        if not self.peak.holders[self.key]:
+            self.peak.now -= self.size

@@ -23,19 +23,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_ncp_dpo
+from ncp import ddpm
 from ncp.common.config import parse
 from ncp.common.processes import tied
 from ncp.training import cache
 from ncp.training.engine import make_accelerator, make_optimizer
 from ncp.training.models import load_models
 from ncp.training.pairs import Pairs, open_pairs
-from ncp.training.pipeline import describe
+from ncp.training.pipeline import Timesteps, describe
 from ncp.training.samples import PairDataset, loader, to_device
 
 
@@ -60,7 +62,7 @@ def step_times(folder: Path, steps: int, batch: int) -> dict[str, list[float]]:
         optimizer = make_optimizer(config, m.lora_parameters)
         unet, optimizer = accelerator.prepare(m.unet, optimizer)
         shape = description.latent_shape(config.resolution)
-        dataset = PairDataset(config, pairs, shape, description.num_timesteps, images=2, cache=opened)
+        dataset = PairDataset(config, pairs, shape, description.timesteps(config.k), images=2, cache=opened)
         batches = iter(loader(dataset, config, 0, 0, 1))
         runs[name] = (config, m, unet, optimizer, accelerator, batches)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -101,7 +103,9 @@ def loading(folder: Path, side: int, workers: int, rows: int) -> tuple[float, fl
     config.dataset_name, config.resolution = str(photographs(folder, side, rows)), side
     config.dataloader_num_workers, config.max_train_steps = workers, rows // 8
     pairs = open_pairs(config)
-    dataset = PairDataset(config, pairs, (4, side // 8, side // 8), 1000, images=2)
+    dataset = PairDataset(
+        config, pairs, (4, side // 8, side // 8), Timesteps.of(ddpm, DDPMScheduler(), config.k), images=2
+    )
     batches = iter(loader(dataset, config, 0, 0, 1))
     next(batches)  # the workers have started
     start, images = time.perf_counter(), 0

@@ -45,7 +45,11 @@ COLUMNS = ["caption", "image_0_uid", "image_1_uid", *IMAGES, "label_0", "label_1
 
 
 def measure(folder: Path, arm: str, workers: int, decode: bool, seconds: float) -> dict[str, float]:
+    from diffusers import DDPMScheduler
+
+    from ncp import ddpm
     from ncp.training.pairs import Pairs
+    from ncp.training.pipeline import Timesteps
     from ncp.training.rows import open_rows
     from ncp.training.samples import PairDataset, loader
     from ncp.training.tables import copied
@@ -70,7 +74,9 @@ def measure(folder: Path, arm: str, workers: int, decode: bool, seconds: float) 
             "open_s": opened, "images_per_s": images / wall, "cpu_ms_per_image": 1000 * cpu / images,
             "disk_mb_per_image": disk_mb() / images,
         }  # fmt: skip
-    dataset = PairDataset(config, pairs, (4, SIDE // 8, SIDE // 8), 1000, images=2)
+    dataset = PairDataset(
+        config, pairs, (4, SIDE // 8, SIDE // 8), Timesteps.of(ddpm, DDPMScheduler(), config.k), images=2
+    )
     start = time.perf_counter()
     batches = iter(loader(dataset, config, 0, 0, 1))
     next(batches)

@@ -32,7 +32,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import export_lora
-from ncp.training.models import LORA_TARGETS
+from ncp.training.unets import LORA_TARGETS
 
 SIDE, STEPS, SEED = 128, 4, 7  # with four steps both programs use the timesteps 999, 666, 333, 0
 RANK, ALPHA = 8, 4.0

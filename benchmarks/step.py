@@ -142,17 +142,19 @@ def main() -> None:
     raw: dict[str, dict[str, Any]] = {}
     for group in [[name] for name in names] if args.one_by_one else [names]:
         raw |= measure(group, args, argv)
+        if raw and args.json:  # all that there is so far: whoever ends this program keeps it
+            args.json.write_text(json.dumps(summary(args.model, argv, raw), indent=1))
     if not raw:
         sys.exit("error: no arm ran")
+    show(summary(args.model, argv, raw))
+
+
+def summary(model: str, argv: list[str], raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all arms, from their raw measurements."""
     first, last = next(iter(raw.values())), list(raw.values())[-1]
     flops, ceiling = first["flops"] / first["batch"], first["ceiling"]
-    figures: dict[str, Any] = {"model": args.model, "arguments": argv, "device": first["device"], "arms": {}}
+    figures: dict[str, Any] = {"model": model, "arguments": argv, "device": first["device"], "arms": {}}
     figures |= {"flops_per_pair": flops, "matmul_flops_per_s": ceiling}
-    print(f"{args.model}, {first['device']}: {flops / 1e12:.4f} TFLOP per pair, matmul {ceiling / 1e12:.2f} TFLOP/s")
-    columns = {"pairs": 6, "step s": 8, "pairs/s": 9, "TFLOP/s": 9, "share": 7, "GiB": 7, "tensors": 8, "ratio": 7}
-    print(
-        f"{'arm':<24}" + "".join(f"{c:>{w}}" for c, w in columns.items()) + "  " + " ".join(f"{p:>10}" for p in PHASES)
-    )
     for name, arm in raw.items():
         batch, seconds = arm["batch"], statistics.median(arm["times"])
         pairs = zip(arm["times"], last["times"], strict=True)
@@ -164,13 +166,24 @@ def main() -> None:
             "peak_memory_gib": arm["memory"], "tensors_gib": arm["tensors"], "ratio_to_last": ratio,
             "phases_s": arm["phases"],
         }  # fmt: skip
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints a table of the figures."""
+    flops, ceiling = figures["flops_per_pair"] / 1e12, figures["matmul_flops_per_s"] / 1e12
+    print(f"{figures['model']}, {figures['device']}: {flops:.4f} TFLOP per pair, matmul {ceiling:.2f} TFLOP/s")
+    columns = {"pairs": 6, "step s": 8, "pairs/s": 9, "TFLOP/s": 9, "share": 7, "GiB": 7, "tensors": 8, "ratio": 7}
+    print(
+        f"{'arm':<24}" + "".join(f"{c:>{w}}" for c, w in columns.items()) + "  " + " ".join(f"{p:>10}" for p in PHASES)
+    )
+    for name, arm in figures["arms"].items():
         print(
-            f"{name.partition(':')[0][:23]:<24}{batch:>6}{seconds:>8.3f}{batch / seconds:>9.2f}{rate / 1e12:>9.2f}"
-            f"{rate / ceiling:>7.0%}{arm['memory']:>7.2f}{arm['tensors']:>8.2f}{ratio:>7.2f}  "
-            + " ".join(f"{arm['phases'][p]:>10.4f}" for p in PHASES)
+            f"{name.partition(':')[0][:23]:<24}{arm['pairs']:>6}{arm['step_s']:>8.3f}{arm['pairs_per_s']:>9.2f}"
+            f"{arm['flops_per_s'] / 1e12:>9.2f}{arm['share_of_matmul']:>7.0%}{arm['peak_memory_gib']:>7.2f}"
+            f"{arm['tensors_gib']:>8.2f}{arm['ratio_to_last']:>7.2f}  "
+            + " ".join(f"{arm['phases_s'][p]:>10.4f}" for p in PHASES)
         )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def draw_all(model: Model, config: EvaluationConfig, batches: list[list[dict[str
 
 def draw(pipe: Any, rows: list[dict[str, Any]], config: EvaluationConfig) -> list[Any]:
     """One PIL image per row, each from its own random generator."""
-    from ncp.training.drawing import decode_latents  # here: diffusers takes seconds, and input errors come earlier
+    # Here: diffusers takes seconds, and input errors come earlier.
+    from ncp.training.drawing import decode_latents
+    from ncp.training.pipeline import FAMILIES
 
     with torch.no_grad():
         latents = pipe(
@@ -160,6 +162,7 @@ def draw(pipe: Any, rows: list[dict[str, Any]], config: EvaluationConfig) -> lis
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
             output_type="latent",
+            **FAMILIES[type(pipe)].draw_arguments(config.max_sequence_length),
         ).images
     return decode_latents(pipe.vae, latents)  # not by the pipeline: the VAE may have another precision
 

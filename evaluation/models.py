@@ -25,10 +25,10 @@ SCHEDULER = "scheduler/scheduler_config.json"
 # Keys of a scheduler's config that belong to the trained weights; the others are sampler settings.
 SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
+    *("prediction_type", "rescale_betas_zero_snr", "shift"),
 )
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not used for drawing here
-PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 UNET_CLASS = "UNet2DConditionModel"
 
 
@@ -155,6 +155,7 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     import transformers
 
     from ncp.training import single_file
+    from ncp.training.pipeline import FAMILIES, PIPELINES, parts_of, read_json
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -167,9 +168,10 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     vae_from: dict[str, str | None] = {"pretrained_model_name_or_path": replacement or name}
     vae_from |= {} if replacement else {**where, "subfolder": "vae"}
     try:
-        # Passed to the constructor, which would otherwise warn about the pipeline's own scheduler. The feature
-        # extractor belongs to the safety checker; SD 1.5's files name a class for it that no longer exists.
-        parts = {"scheduler": sampler(model, config), "safety_checker": None, "feature_extractor": None}
+        # Passed to the constructor, which would otherwise warn about the pipeline's own scheduler.
+        index = read_json(name, FILE_OF_KIND["pipeline"], where["revision"], given)
+        kind = PIPELINES[index["_class_name"]]
+        parts = {"scheduler": sampler(model, config), **FAMILIES[kind].left_out(kind, parts_of(index))}
         if in_one and not replacement:
             vae_config = single_file.read_json(Path(name), given, "vae/config.json")
         else:
@@ -180,11 +182,11 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
         else:
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(**vae_from, dtype=vae_dtype)
         if in_one:
-            index = single_file.read_json(Path(name), given, "model_index.json")
-            kind = getattr(diffusers, index["_class_name"])
             pipe = single_file.load_pipeline(Path(name), given, kind, dtype, **parts)
         else:
             pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtype, **parts, **where)
+        if (part := FAMILIES[kind].DENOISER) != "unet" and "unet" in model.kind:
+            raise ValueError(f"it is a U-Net, and the base has a {part}")
         if model.kind == "unet state":
             load_unet_state(pipe.unet, Path(str(model.file)))
         elif "unet" in model.kind:
@@ -198,6 +200,8 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # a missing file, other shapes, damaged weights
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model '{model.name}': loading {model.path} over {base} failed: {reason}") from None
+    if config.resolution % (multiple := pipe.vae_scale_factor * getattr(pipe, "patch_size", 1)):
+        raise UserError(f"resolution is {config.resolution}; {name} needs a multiple of {multiple}")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -210,13 +214,17 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     """
     import diffusers
 
-    from ncp.training.pipeline import check_prediction, read_json, read_schedule, scheduler_like
+    from ncp.training.pipeline import read_json, read_schedule
+    from ncp.training.schedules import check_prediction, scheduler_like
 
     base = config.pretrained_model_name_or_path
     settings, _ = read_schedule(config)
-    if config.scheduler == "pipeline":
+    flow = "FlowMatch" in settings.get("_class_name", "")
+    if flow and config.scheduler not in ("pipeline", "euler"):
+        raise UserError(f"scheduler is {config.scheduler}; {base} is a flow-matching model: euler or pipeline")
+    if flow or config.scheduler == "pipeline":
         changes: dict[str, Any] = {}
-        cls = getattr(diffusers, str(settings.get("_class_name")), None)
+        cls: Any = getattr(diffusers, str(settings.get("_class_name")), None)
         if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
             raise UserError(f"{base}: {SCHEDULER} names no sampler of diffusers: {settings.get('_class_name')}")
     else:
@@ -229,6 +237,10 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     if model.kind == "pipeline" and model.path != base:
         own = read_json(model.path, SCHEDULER, None, config.single_file_config)
         settings = sampler_settings(settings) | {k: v for k, v in own.items() if k in SCHEDULE}
+    if flow:
+        return (cls if config.scheduler == "pipeline" else diffusers.FlowMatchEulerDiscreteScheduler).from_config(
+            settings
+        )
     check_prediction(model.path, settings)
     return scheduler_like(cls, settings, **changes)
 
@@ -253,17 +265,18 @@ def has_a_sampler_of_its_own(model: Model, config: EvaluationConfig) -> bool:
 def _hash_parts(folder: Path, kind: str, variant: str | None) -> dict[str, str]:
     """Hashes by part: of a pipeline's components and their configs, else of the weights.
 
-    A pipeline's `unet` hash covers its weight files only, because older versions identified pipelines by it.
+    The hash of a pipeline's denoiser covers its weight files only, because older versions identified pipelines by it.
     """
     if kind != "pipeline":
         return {"weights": _hash_weights(folder / "unet" if kind == "unet" else folder, kind, variant)}
-    parts = {"unet": _hash_weights(folder / "unet", kind, variant)}
+    denoiser = "transformer" if (folder / "transformer").is_dir() else "unet"
+    parts = {denoiser: _hash_weights(folder / denoiser, kind, variant)}
     for name, value in _json(folder / FILE_OF_KIND["pipeline"]).items():
         if isinstance(value, list) and value[0] is not None and name not in UNUSED:
             weights = _weights(folder / name, variant)
             files = [f for f in sorted((folder / name).glob("*")) if f.is_file() and f.suffix not in WEIGHTS]
-            files = files if name == "unet" else weights + files
-            key = "unet config" if name == "unet" else name
+            files = files if name == denoiser else weights + files
+            key = f"{denoiser} config" if name == denoiser else name
             parts[key] = hashlib.sha256("".join(f.name + sha256(f) for f in files).encode()).hexdigest()
     return parts
 

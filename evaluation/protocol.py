@@ -23,9 +23,11 @@ PROTOCOL = (
     "scheduler",
     "num_inference_steps",
     "guidance_scale",
+    "max_sequence_length",
     "resolution",
     "mixed_precision",
 )
+OLDER = {"max_sequence_length": 256}  # what protocols mean that older versions wrote
 SCHEDULERS = ("pipeline", "ddim", "pndm", "euler", "dpmsolver++")
 SCORERS = (
     *("pickscore", "hpsv2", "hpsv2.1", "clip", "aesthetic", "imagereward", "mps"),
@@ -51,8 +53,8 @@ class EvaluationConfig:
 
     pretrained_model_name_or_path: str = option(
         group="models",
-        doc="base pipeline, of Stable Diffusion's or SDXL's architecture: diffusers folder, hub id, or .safetensors "
-        "checkpoint as on Civitai",
+        doc="base pipeline, of the architecture of Stable Diffusion 1.x, 2.x, SDXL or SD3: diffusers folder, hub id or "
+        "(not SD3) .safetensors checkpoint as on Civitai",
     )
     single_file_config: str | None = option(
         None,
@@ -120,10 +122,15 @@ class EvaluationConfig:
         doc="seed of the noise, which follows from it, the prompt's text and the sample's number",
     )
     scheduler: str = option(
-        "pipeline", choices=SCHEDULERS, doc="sampler that draws the images; pipeline: the base pipeline's own"
+        "pipeline",
+        choices=SCHEDULERS,
+        doc="sampler that draws the images; pipeline: the base pipeline's own; SD3: euler",
     )
     num_inference_steps: int = option(50, low=1, doc="steps of the sampler per image")
     guidance_scale: float = option(7.5, low=0, doc="scale of classifier-free guidance; up to 1: no guidance")
+    max_sequence_length: int = option(
+        256, low=0, high=512, doc="tokens that SD3's T5 adds to CLIP's; without T5 so many zeros, as in diffusers"
+    )
     resolution: int = option(512, low=8, doc="side of the square images in pixels, a multiple of 8")
     mixed_precision: str = option(
         "fp16",

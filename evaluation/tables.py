@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.protocol import EvaluationConfig, named_paths
+from evaluation.protocol import OLDER, EvaluationConfig, named_paths
 from ncp.common.errors import UserError
 from ncp.common.files import write_file, write_text
 
@@ -58,6 +58,7 @@ def read_protocol(config: EvaluationConfig) -> dict[str, Any]:
         raise UserError(f"{path} is missing; run evaluate.py generate first, with this config") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
+    was = OLDER | was
     if changed := [f"{k} {was.get(k)!r}, now {v!r}" for k, v in config.protocol().items() if was.get(k) != v]:
         raise UserError(
             f"output_dir: the images in {config.output_dir} were drawn with another protocol ({'; '.join(changed)}); "
@@ -129,7 +130,8 @@ def read_scores(config: EvaluationConfig) -> list[dict[str, Any]]:
     path = scores_path(config)
     table = _read_table(path, "score")
     noted = _noted(table)
-    if changed := [key for key, value in config.protocol().items() if noted["protocol"].get(key) != value]:
+    was = OLDER | noted["protocol"]
+    if changed := [key for key, value in config.protocol().items() if was.get(key) != value]:
         raise UserError(f"{path}: the scores are of another protocol ({', '.join(changed)}); remove it and score again")
     for name in config.scorers:
         if (was := noted["scorers"].get(name)) not in (None, now := config.source_of(name)):

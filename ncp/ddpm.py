@@ -7,6 +7,7 @@ the clean sample, where abar = 1. With zero terminal SNR, abar is 0 at t = T-1, 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
@@ -21,6 +22,16 @@ def add_noise(scheduler: DDPMScheduler, x0: torch.Tensor, eps: torch.Tensor, tim
     at t = 0 and 1.
     """
     return scheduler.add_noise(x0.float(), eps.float(), timestep)
+
+
+def timesteps(scheduler: DDPMScheduler, k: int | None) -> range:
+    """The timesteps to train at, {k, ..., T-1}: t' = t - k is in the schedule. With k None from 1, as with k = 1."""
+    return range(k or 1, scheduler.config.num_train_timesteps)
+
+
+def draw_timestep(scheduler: DDPMScheduler, among: range, rng: np.random.Generator) -> int:
+    """One of `timesteps`, drawn uniformly."""
+    return int(rng.integers(among.start, among.stop))
 
 
 def previous(timestep: torch.Tensor, k: int | None) -> torch.Tensor:
@@ -66,6 +77,14 @@ def to_epsilon(
     if kind == "v_prediction":
         return a * model_output.float() + b * sample.float()
     return (sample.float() - a * model_output.float()) / b
+
+
+to_target = to_epsilon  # ncp/flow.py has another target
+
+
+def target(x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """What eq. 3 compares `to_target` with: the noise, (B, C, H, W)."""
+    return eps
 
 
 def _kind_and_roots(scheduler: DDPMScheduler, timestep: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:

@@ -1,16 +1,16 @@
-"""The perceptual encoder f (the frozen downsampling half of the U-Net), and small differences of its features."""
+"""The perceptual encoder f (the frozen first part of a U-Net or transformer), and small differences of its features."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.utils._pytree import tree_map
 
 Features = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -20,83 +20,124 @@ Features = torch.Tensor | tuple[torch.Tensor, ...]
 STEP_LENGTH = 0.016
 
 
-def frozen_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def frozen_twin(model: Any) -> Any:
     """A second module over the same storage: the reference model, which later adapters do not change.
 
     LoRA keeps every original parameter object as a `base_layer`. So a twin made before `add_adapter` stays
-    the original model and costs no memory. Freezes the shared parameters. Raises ValueError if the U-Net has adapters.
+    the original model and costs no memory. Freezes the shared parameters. Raises ValueError if the model has adapters.
     """
-    if getattr(unet, "peft_config", None):
-        raise ValueError("the U-Net has adapters already; make its frozen twin before add_adapter")
-    unet.requires_grad_(False)
-    return copy.deepcopy(unet, memo={id(p): p for p in unet.parameters()}).eval()
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has adapters already; make its frozen twin before add_adapter")
+    model.requires_grad_(False)
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()}).eval()
 
 
-class DownBlockEncoder(nn.Module):
-    """f(x_t', c, t') of the paper: `conv_in`, the embeddings and the down blocks of a frozen U-Net.
+class Encoder(nn.Module):
+    """f(x_t', c, t') of the paper: the first part of a frozen model, a U-Net's down blocks or a transformer's blocks.
 
-    Call: encoder(sample (N, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), added_cond_kwargs)
-    -> the chosen block's output (N, C', H', W') float32, or a tuple of them in the order of `blocks`, computed in the
+    Call: encoder(sample (N, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), and the model's other conditions)
+    -> the chosen block's output (N, ...) float32, or a tuple of them in the order of `blocks`, computed in the
     weights' dtype. N is a multiple of B: the conditions repeat. Gradients flow to `sample`; the weights have none.
     In float16 the backward pass scales each sample's gradient separately, so that it neither underflows nor overflows,
     for any weights of the objective.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, blocks: Sequence[int | str]):
+    def __init__(self, model: Any, blocks: Sequence[int | str]):
         super().__init__()
-        self.unet = unet
+        self.model = model
         self.blocks = tuple(blocks)
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: UNet2DConditionModel,
-        blocks: Sequence[int | str] = ("last",),
-        dtype: torch.dtype | None = None,
-    ) -> DownBlockEncoder:
-        """An encoder that shares `unet`'s storage; make it before adapters are added.
+    def from_model(cls, model: Any, blocks: Sequence[int | str] = ("last",), dtype: torch.dtype | None = None) -> Any:
+        """An encoder that shares `model`'s storage; make it before adapters are added.
 
-        blocks: down-block indices (0 is the first; text such as "0" is accepted), "last", "mid", or "sample". The
-        feature of a block is its output to the next block; "sample" gives the input itself, which separates what f
-        sees from how eq. 13 weighs timesteps. dtype: if it differs from the weights', the encoder's part of them is
-        copied. Raises ValueError for a block that does not exist.
+        blocks: see `tap`; also "sample", the input itself, which separates what f sees from how eq. 13 weighs
+        timesteps. The feature of a block is its output to the next block. dtype: if it differs from the weights', the
+        encoder's part of them is copied. Raises ValueError for a block that does not exist.
         """
-        taps = [normalize_block(b, len(unet.down_blocks)) for b in blocks]
+        taps = [cls.tap(b, model.config) for b in blocks]
         if not taps or len(set(taps)) < len(taps):
             raise ValueError(f"encoder blocks {taps}: expected at least one, each once")
-        twin = frozen_twin(unet)
-        if "mid" not in taps:
-            del twin.down_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
-            twin.mid_block = None
-        twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
+        twin = frozen_twin(model)
+        cls.cut(twin, taps)
         if dtype not in (None, twin.dtype):
             twin = copy.deepcopy(twin).to(dtype)
         return cls(twin, taps)
 
+    @staticmethod
+    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
+        """A block's index, or another key of `outputs`. config: the model's. Raises ValueError for an unknown name."""
+        raise NotImplementedError
+
+    @staticmethod
+    def cut(twin: Any, taps: Sequence[int | str]) -> None:
+        """Removes what comes after the last tap from a model, in place."""
+        raise NotImplementedError
+
+    def outputs(
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, conditions: dict[str, Any]
+    ) -> dict[int | str, torch.Tensor]:
+        """The output of each block, in the weights' dtype. All inputs have the same number of rows."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model.dtype
+
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
-        self.unet.enable_gradient_checkpointing()
+        self.model.enable_gradient_checkpointing()
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **conditions: Any
     ) -> Features:
-        unet, dtype, rounds = self.unet, self.unet.dtype, len(sample) // len(timestep)
+        rounds = len(sample) // len(timestep)
         scale: dict[str, torch.Tensor] = {}
-        scaled = dtype == torch.float16 and sample.requires_grad
+        scaled = self.dtype == torch.float16 and sample.requires_grad
         if scaled:
             sample = _Enter.apply(sample.float(), scale)
-        outputs: dict[int | str, torch.Tensor] = {"sample": sample}
-        sample, text = sample.to(dtype), encoder_hidden_states.to(dtype).repeat(rounds, 1, 1)
-        timestep, added = (
-            timestep.repeat(rounds),
-            {k: v.repeat(rounds, 1) for k, v in (added_cond_kwargs or {}).items()},
-        )
+        text = encoder_hidden_states.to(self.dtype).repeat(rounds, 1, 1)
+        conditions = tree_map(lambda v: v.repeat(rounds, *[1] * (v.ndim - 1)), conditions)
+        found: dict[int | str, torch.Tensor] = {"sample": sample}
+        found |= self.outputs(sample.to(self.dtype), timestep.repeat(rounds), text, conditions)
+        chosen = tuple(found[b].float() for b in self.blocks)
+        if scaled:
+            chosen = _Leave.apply(scale, *chosen)
+        return chosen[0] if len(chosen) == 1 else chosen
+
+
+class DownBlockEncoder(Encoder):
+    """The downsampling half of a U-Net: `conv_in`, the embeddings, the down blocks, and for "mid" the mid block.
+
+    Features are (N, C', H', W'). Other conditions: added_cond_kwargs, for SDXL.
+    """
+
+    @staticmethod
+    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
+        """A down block's index (0 is the first; text such as "0" is accepted), "mid", or "last" for the last one."""
+        count = len(config["down_block_types"])
+        if block in ("mid", "sample"):
+            return block
+        if block == "last":
+            return count - 1
+        if str(block).isdigit() and int(block) < count:
+            return int(block)
+        raise ValueError(f"encoder block {block!r}: expected 'last', 'mid', 'sample' or an index from 0 to {count - 1}")
+
+    @staticmethod
+    def cut(twin: Any, taps: Sequence[int | str]) -> None:
+        if "mid" not in taps:
+            del twin.down_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
+            twin.mid_block = None
+        twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
+
+    def outputs(
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, conditions: dict[str, Any]
+    ) -> dict[int | str, torch.Tensor]:
+        unet, added = self.model, dict(conditions.get("added_cond_kwargs") or {})
         if "text_embeds" in added:
-            added["text_embeds"] = added["text_embeds"].to(dtype)
+            added["text_embeds"] = added["text_embeds"].to(self.dtype)
         # The same calls, in the same order, as the first half of UNet2DConditionModel.forward.
         emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
         extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
@@ -105,18 +146,59 @@ class DownBlockEncoder(nn.Module):
             emb = unet.time_embed_act(emb)
         text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
 
+        found: dict[int | str, torch.Tensor] = {}
         h = unet.conv_in(sample)
         for index, block in enumerate(unet.down_blocks):
             attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
             h, _ = block(hidden_states=h, temb=emb, **attends)
-            outputs[index] = h
+            found[index] = h
         if unet.mid_block is not None:
             attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
-            outputs["mid"] = unet.mid_block(h, emb, **attends)
-        chosen = tuple(outputs[b].float() for b in self.blocks)
-        if scaled:
-            chosen = _Leave.apply(scale, *chosen)
-        return chosen[0] if len(chosen) == 1 else chosen
+            found["mid"] = unet.mid_block(h, emb, **attends)
+        return found
+
+
+class TransformerEncoder(Encoder):
+    """The first blocks of SD3's transformer: the embeddings and `transformer_blocks` up to the last tap.
+
+    Features are the image tokens (N, tokens, width). Other conditions: pooled_projections (B, P).
+    """
+
+    @staticmethod
+    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
+        """A block's index of n, from 0. "n/4", "n/2", "3n/4": the last block of that share; "last" is "n/2"."""
+        count = config["num_layers"]
+        ends = {"n/4": count // 4, "n/2": count // 2, "3n/4": 3 * count // 4, "last": count // 2}
+        if block == "sample":
+            return block
+        if block in ends:
+            return max(0, ends[str(block)] - 1)
+        if str(block).isdigit() and int(block) < count:
+            return int(block)
+        names = "'last', 'n/4', 'n/2', '3n/4', 'sample'"
+        raise ValueError(f"encoder block {block!r}: expected {names} or an index from 0 to {count - 1}")
+
+    @staticmethod
+    def cut(twin: Any, taps: Sequence[int | str]) -> None:
+        del twin.transformer_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
+        twin.norm_out = twin.proj_out = None
+
+    def outputs(
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, conditions: dict[str, Any]
+    ) -> dict[int | str, torch.Tensor]:
+        model = self.model
+        found: dict[int | str, torch.Tensor] = {}
+        # The same calls, in the same order, as the first part of SD3Transformer2DModel.forward.
+        h = model.pos_embed(sample).contiguous()
+        temb = model.time_text_embed(timestep, conditions["pooled_projections"].to(self.dtype))
+        text = model.context_embedder(text)
+        for index, block in enumerate(model.transformer_blocks):
+            if torch.is_grad_enabled() and model.gradient_checkpointing:
+                text, h = model._gradient_checkpointing_func(block, h, text, temb, None)
+            else:
+                text, h = block(hidden_states=h, encoder_hidden_states=text, temb=temb)
+            found[index] = h
+        return found
 
 
 class _Leave(torch.autograd.Function):
@@ -149,7 +231,7 @@ class _Enter(torch.autograd.Function):
 
 
 def precision_of_f(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which f is computed, for a U-Net with weights of dtype `weights` on `device`.
+    """The dtype in which f is computed, for a model with weights of dtype `weights` on `device`.
 
     float32 and float16 are kept. bfloat16 is too coarse for differences as small as those of eq. 13
     (docs/precision.md). It is replaced by float16 on a GPU and float32 on a CPU, which are as fast there.
@@ -157,17 +239,6 @@ def precision_of_f(weights: torch.dtype, device: torch.device) -> torch.dtype:
     if weights != torch.bfloat16:
         return weights
     return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def normalize_block(block: int | str, count: int) -> int | str:
-    """A block's index in [0, count), "mid" or "sample". Raises ValueError for any other name."""
-    if block in ("mid", "sample"):
-        return block
-    if block == "last":
-        return count - 1
-    if str(block).isdigit() and int(block) < count:
-        return int(block)
-    raise ValueError(f"encoder block {block!r}: expected 'last', 'mid', 'sample' or an index from 0 to {count - 1}")
 
 
 @dataclass

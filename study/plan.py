@@ -8,11 +8,11 @@
     steps: [35, 70, 110]                        # what is drawn of each run: these checkpoints, the last one the result
     common: {lr_warmup_steps: 5}                # keys of the training scripts, for all arms
     arms:
-      ncp_dpo: {config: configs/tiny_ncp_dpo.yaml}
-      dpo: {config: configs/tiny_dpo.yaml, learning_rate: 1.0e-3}
-      unfiltered: {config: configs/tiny_ncp_dpo.yaml, data: {rule: no_ties}}
+      ncp_dpo: {config: study/configs/dpo.yaml, learning_rate: 1.0e-3}
+      dpo: {config: study/configs/dpo.yaml, learning_rate: 1.0e-3, space: latent, beta: 2500}
+      unfiltered: {config: study/configs/dpo.yaml, learning_rate: 1.0e-3, data: {rule: no_ties}}
 
-An arm is a training config with changed keys. The last word of the config's name selects the training script. `steps`
+An arm is a training config with changed keys. The config's name selects the training script. `steps`
 and `data` may differ by arm.
 """
 
@@ -90,7 +90,7 @@ def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
         keys = content.get("common", {}) | given
         config = Path(keys.pop("config", ""))
         if not config.is_file() or config.stem.rpartition("_")[2] not in SCRIPTS:
-            raise UserError(f"{path}: arm '{name}' needs config: one of configs/*_{{{','.join(SCRIPTS)}}}.yaml")
+            raise UserError(f"{path}: arm '{name}' needs config: one of study/configs/{{{','.join(SCRIPTS)}}}.yaml")
         data = keys.pop("data", content.get("data", {"rule": "absolute_winners"}))
         steps = sorted(keys.pop("steps", content["steps"]))
         arms.append(Arm(name, config, steps, data, keys))

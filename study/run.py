@@ -70,9 +70,8 @@ def prepare_data(plan: Plan, arm: Arm) -> Path:
     """The arm's filtered dataset, which is made if it does not exist."""
     folder = plan.data_folder(arm)
     if not (folder / "manifest.json").is_file():
-        keys = {**arm.data, "output_dir": str(folder)}
-        arguments = ["--config", "configs/tiny_filter.yaml", *as_arguments(keys)]
-        program("filter_pickapic.py", *arguments, log=plan.folder / "filter.log")
+        keys = {**arm.data, "dataset_name": "tiny/data", "output_dir": str(folder), "rows_per_file": 100_000}
+        program("filter_pickapic.py", *as_arguments(keys), log=plan.folder / "filter.log")
     return folder
 
 

@@ -34,16 +34,20 @@ def browser():
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Path:
-    """A folder of random pipelines, `sd`, `sd-v` (v-prediction) and `xl`, and `data`: 12 pairs. Not to be changed.
+    """A folder of random pipelines and `data`, 12 pairs. Not to be changed.
+
+    `sd`, `sd-v` (v-prediction), `xl`, `sd3` without T5, and `sd3-t5` with it.
 
     Made in half a second, once in each process of the suite. `runs.arguments` trains on it.
     """
-    from pipelines import save_dataset, save_pipeline  # slow imports, which many tests do without
+    from pipelines import save_dataset, save_pipeline, save_sd3_pipeline  # slow imports, which many tests do without
 
     folder = tmp_path_factory.mktemp("assets")
     save_pipeline(folder / "sd")
     save_pipeline(folder / "sd-v", prediction_type="v_prediction")
     save_pipeline(folder / "xl", xl=True)
+    save_sd3_pipeline(folder / "sd3")
+    save_sd3_pipeline(folder / "sd3-t5", t5=True)
     save_dataset(folder / "data" / "train.parquet")
     return folder
 

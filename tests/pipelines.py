@@ -10,13 +10,24 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 SIDE = 32  # pixels of a training image; latents are 16 x 16
 
@@ -94,6 +105,48 @@ def save_pipeline(folder: Path, xl: bool = False, **scheduler_changes) -> Path:
         )
     pipe.save_pretrained(folder)
     return folder
+
+
+def transformer(**changes) -> SD3Transformer2DModel:
+    """SD3's transformer of eight blocks over 2 x 2 patches; the first two have a second attention, as in SD3.5."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 16, "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 8,
+        "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 80, "caption_projection_dim": 32,
+        "pooled_projection_dim": 48, "pos_embed_max_size": 24, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return SD3Transformer2DModel(**{**settings, **changes})
+
+
+def save_sd3_pipeline(folder: Path, t5: bool = False, shift: float = 3.0) -> Path:
+    """A complete random SD3 pipeline folder: 8 latent channels with a shift, two CLIP encoders, and T5 if wanted."""
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), latent_channels=8, norm_num_groups=4, sample_size=SIDE,
+        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    parts = {"vae": vae, "transformer": transformer(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift)}
+    for number, suffix in enumerate(("", "_2")):
+        parts |= {f"tokenizer{suffix}": tokenizer(), f"text_encoder{suffix}": text_encoder(CLIPTextModelWithProjection)}
+        torch.nn.init.normal_(parts[f"text_encoder{suffix}"].text_projection.weight, std=0.3 + number)
+    torch.manual_seed(3)
+    t5_config = T5Config(vocab_size=514, d_model=80, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    parts["text_encoder_3"] = T5EncoderModel(t5_config) if t5 else None
+    parts["tokenizer_3"] = t5_tokenizer() if t5 else None
+    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with T5's padding and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokens = ["<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:

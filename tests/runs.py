@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from pipelines import SIDE, save_dataset
+from pipelines import SIDE, save_dataset, scheduler
 from safetensors.torch import load_file
 from support import ROOT, python
 
@@ -19,15 +19,16 @@ import ncp.training.run
 import train_ncp_cpo
 import train_ncp_dpo
 import train_ncp_sft
+from ncp import ddpm
 from ncp.common import lock
 from ncp.common.config import parse
 from ncp.common.errors import run_program
 from ncp.training.engine import make_accelerator
 from ncp.training.models import Models, load_models
 from ncp.training.pairs import open_pairs
-from ncp.training.pipeline import describe
+from ncp.training.pipeline import Timesteps, describe
 from ncp.training.run import Run
-from ncp.training.samples import PairDataset, loader
+from ncp.training.samples import PairDataset, loader, to_device
 from ncp.training.settings import TrainingConfig
 from ncp.training.weights import WEIGHTS
 
@@ -119,14 +120,19 @@ def altered(kind: str, change: Callable[[int, torch.Tensor], torch.Tensor]) -> d
 
 
 def loaded(config: TrainingConfig, images: int) -> tuple[Models, dict[str, Any]]:
-    """(models, first batch) as a script has them. images: 2 for winner and loser, 1 for the winner alone."""
+    """(models, first batch) on the device, as a script has them. images: 2 for winner and loser, 1 for winners."""
     with as_a_process():
         accelerator = make_accelerator(config)
     description = describe(config)
     shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, open_pairs(config), shape, description.num_timesteps, images)
-    batch = next(iter(loader(dataset, config, 0, 0, 1)))
+    dataset = PairDataset(config, open_pairs(config), shape, description.timesteps(config.k), images)
+    batch = to_device(next(iter(loader(dataset, config, 0, 0, 1))), accelerator)
     return load_models(config, description, accelerator), batch
+
+
+def timesteps(config: TrainingConfig) -> Timesteps:
+    """Those of Stable Diffusion's schedule."""
+    return Timesteps.of(ddpm, scheduler(), config.k)
 
 
 def small_dataset(folder: Path, *extra: str, **columns: Any) -> tuple[train_ncp_dpo.Config, PairDataset]:
@@ -135,7 +141,7 @@ def small_dataset(folder: Path, *extra: str, **columns: Any) -> tuple[train_ncp_
     argv = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--dataset_name", str(data)]
     argv += ["--resolution", "32", "--cache_dir", str(folder / "cache"), "--dataloader_num_workers", "0", *extra]
     config = parse(train_ncp_dpo.Config, argv)
-    return config, PairDataset(config, open_pairs(config), (4, 16, 16), 1000, images=2)
+    return config, PairDataset(config, open_pairs(config), (4, 16, 16), timesteps(config), images=2)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

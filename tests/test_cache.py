@@ -64,7 +64,7 @@ def first_batches(argv: list[str], count: int):
     description, pairs = describe(config), open_pairs(config)
     opened = cache.open_cache(config, description, pairs)
     shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, pairs, shape, description.num_timesteps, 2, opened)
+    dataset = PairDataset(config, pairs, shape, description.timesteps(config.k), 2, opened)
     with as_a_process():
         accelerator = make_accelerator(config)
     m = load_models(config, description, accelerator)
@@ -149,9 +149,9 @@ def test_each_image_and_prompt_is_encoded_once(assets, tmp_path, monkeypatch):
         encoded["images"] += len(pixels)
         return vae_moments(vae, pixels)
 
-    def count_prompts(pipe, prompts):
+    def count_prompts(pipe, prompts, length):
         encoded["prompts"] += len(prompts)
-        return embed_prompts(pipe, prompts)
+        return embed_prompts(pipe, prompts, length)
 
     monkeypatch.setattr(cache_latents, "vae_moments", count_images)
     monkeypatch.setattr(cache_latents, "embed_prompts", count_prompts)

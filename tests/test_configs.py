@@ -81,17 +81,18 @@ def test_published_training_settings(file):
     config = parse(SCRIPTS[kind].Config, ["--config", str(file)])
     arch, large, ncp = file.stem[:4], "_full_" in file.stem, "_ncp_" in file.stem
     batch = (config.resolution, config.train_batch_size, config.gradient_accumulation_steps)
-    assert batch == {"sd15": (512, 64, 8), "sdxl": (1024, 8, 64)}[arch]
+    assert batch == {"sd15": (512, 64, 8), "sdxl": (1024, 8, 64), "sd35": (1024, 8, 64)}[arch]
     assert (config.rank, config.lora_alpha, config.scale_lr, config.use_8bit_adam) == (64, None, True, True)
     adam = (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay, config.max_grad_norm)
     assert adam == (0.9, 0.999, 1e-8, 1e-2, 1.0)
     assert config.proportion_empty_prompts == 0
     assert config.effective_batch_size == 2048  # a single GPU does not train at a quarter of it unnoticed
     assert config.space == ("perceptual" if ncp else "latent")
+    # SD 3.5 follows SDXL.
     # The paper: 7.5% (SD 1.5) and 2% (SDXL) of Diffusion-DPO's 2000 x 2048 pairs, at three times its learning rate.
-    steps = {"sd15": (1000, 150), "sdxl": (2000, 40)}[arch][0 if large else 1]
+    steps = {"sd15": (1000, 150), "sdxl": (2000, 40), "sd35": (2000, 40)}[arch][0 if large else 1]
     assert (config.max_train_steps, config.learning_rate) == (steps, 1e-8 if large else 3e-8)
-    assert large or steps / 2000 == {"sd15": 0.075, "sdxl": 0.02}[arch]
+    assert large or steps / 2000 == {"sd15": 0.075, "sdxl": 0.02, "sd35": 0.02}[arch]
     assert large or 10 <= steps // config.checkpointing_steps <= 14  # a dozen points to look at
     if kind == "dpo":
         assert config.beta == 2500
@@ -199,9 +200,11 @@ def keys_read(program: str) -> set[str]:
 
 
 def attributes(tree: ast.AST) -> list[tuple[str, str]]:
-    """(attribute, what it is read of) for each attribute that is read in the code."""
+    """(attribute, what it is read of) for each attribute that is read in the code, by its name or by getattr."""
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-    return [(n.attr, ast.unparse(n.value)) for n in nodes]
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
+    named = [(n.args[1].value, ast.unparse(n.args[0])) for n in calls if isinstance(n.args[1], ast.Constant)]
+    return [*((n.attr, ast.unparse(n.value)) for n in nodes), *named]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

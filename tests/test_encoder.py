@@ -39,7 +39,7 @@ def hooked(model, kwargs: dict) -> dict:
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_output_is_the_unets_own_activation(xl, blocks):
     model, kwargs = unet(xl), inputs(xl)
-    features = DownBlockEncoder.from_unet(model, blocks)(**kwargs)
+    features = DownBlockEncoder.from_model(model, blocks)(**kwargs)
     features = (features,) if len(blocks) == 1 else features
     seen = hooked(model, kwargs) | {"sample": kwargs["sample"]}
     for block, feature in zip(blocks, features, strict=True):
@@ -49,7 +49,7 @@ def test_output_is_the_unets_own_activation(xl, blocks):
 
 def test_storage_is_shared_and_up_blocks_are_gone():
     model = unet()
-    encoder, twin = DownBlockEncoder.from_unet(model), frozen_twin(model)
+    encoder, twin = DownBlockEncoder.from_model(model), frozen_twin(model)
     own = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in twin.parameters()} == own
     mine = dict(encoder.named_parameters())
@@ -60,7 +60,7 @@ def test_storage_is_shared_and_up_blocks_are_gone():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_reaches_the_input_and_no_weight(checkpointing):
     model, kwargs = unet(), inputs(False)
-    encoder = DownBlockEncoder.from_unet(model, ("last", "mid"))
+    encoder = DownBlockEncoder.from_model(model, ("last", "mid"))
     plain = kwargs["sample"].clone().requires_grad_()
     sum(f.square().sum() for f in encoder(**{**kwargs, "sample": plain})).backward()
     if checkpointing:
@@ -75,7 +75,7 @@ def test_gradient_reaches_the_input_and_no_weight(checkpointing):
 def test_adapters_change_the_policy_only():
     model, kwargs = unet(), inputs(False)
     before = model(**kwargs).sample
-    reference, encoder = frozen_twin(model), DownBlockEncoder.from_unet(model)
+    reference, encoder = frozen_twin(model), DownBlockEncoder.from_model(model)
     feature = encoder(**kwargs)
     model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     assert not torch.allclose(model(**kwargs).sample, before)
@@ -88,12 +88,12 @@ def test_adapters_change_the_policy_only():
 @pytest.mark.parametrize("blocks", [(), (3,), ("early",), (-1,), (2, "last")])
 def test_wrong_blocks_are_refused(blocks):
     with pytest.raises(ValueError, match="block"):
-        DownBlockEncoder.from_unet(unet(), blocks)
+        DownBlockEncoder.from_model(unet(), blocks)
 
 
 def test_features_are_float32_whatever_the_weights():
     model = unet().bfloat16()
-    feature = DownBlockEncoder.from_unet(model)(**inputs(False))
+    feature = DownBlockEncoder.from_model(model)(**inputs(False))
     assert feature.dtype == torch.float32 and torch.equal(feature, feature.bfloat16().float())
 
 
@@ -102,7 +102,7 @@ def test_bfloat16_weights_give_an_encoder_of_another_precision_with_a_copy_of_it
     assert precision_of_f(torch.bfloat16, torch.device("cuda")) == torch.float16
     assert precision_of_f(torch.bfloat16, torch.device("cpu")) == torch.float32
     model = unet().bfloat16()
-    encoder = DownBlockEncoder.from_unet(model, dtype=torch.float16)
+    encoder = DownBlockEncoder.from_model(model, dtype=torch.float16)
     assert {p.dtype for p in encoder.parameters()} == {torch.float16}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     copied, whole = (sum(p.numel() for p in module.parameters()) for module in (encoder, model))
@@ -115,7 +115,7 @@ def test_a_float16_gradient_neither_underflows_nor_overflows(weight):
     kwargs = inputs(False)
 
     def gradient(dtype, weights):
-        encoder = DownBlockEncoder.from_unet(unet().to(dtype), ("last", 0))
+        encoder = DownBlockEncoder.from_model(unet().to(dtype), ("last", 0))
         x = kwargs["sample"].clone().requires_grad_()
         last, first = encoder(**{**kwargs, "sample": x})
         loss = (last.square().flatten(1).mean(1) + first.square().flatten(1).mean(1)) * weights

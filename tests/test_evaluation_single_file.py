@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.generate import generate
 from evaluation.models import find_base, find_models, sampler
-from ncp.training.pipeline import scheduler_like
+from ncp.training.schedules import scheduler_like
 
 assets, own_judge = evaluations.assets, evaluations.own_judge
 

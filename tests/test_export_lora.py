@@ -266,7 +266,7 @@ REFUSED = {
         "no such model file or folder",
     ),
     "a base of other size": (_smaller_base, r"attn2.to_k is 32 x 48, and the LoRA is for 32 x 32; another base"),
-    "a base without the layer": (_base_without_the_layer, "its U-Net has no down_blocks.0.attentions.0"),
+    "a base without the layer": (_base_without_the_layer, "its unet has no down_blocks.0.attentions.0"),
     "a base of another kind": (_base_of_another_kind, "a FluxPipeline; expected StableDiffusionPipeline or"),
     "a precision": (lambda f, out, base: ["--lora", out, "--precision", "half"], "expected one of: fp32, fp16, bf16"),
 }  # fmt: skip

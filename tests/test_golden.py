@@ -29,6 +29,7 @@ ABSOLUTE = {"margin": 2e-3, "winner_drift": 2.5e-4}
 def trajectory(kind: str, folder: Path) -> list[dict[str, float]]:
     """The figures of each step of a run."""
     settings = {
+        "learning_rate": 1e-4 if kind == "sft" else 3e-4,
         "dataset_name": "tiny/data",
         "output_dir": folder / kind,
         "max_train_steps": STEPS,
@@ -42,7 +43,7 @@ def trajectory(kind: str, folder: Path) -> list[dict[str, float]]:
         "logging_steps": 1,
         "report_to": "none",
     }
-    argv = ["--config", f"configs/tiny_ncp_{kind}.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
+    argv = ["--config", f"study/configs/{kind}.yaml", *(str(x) for k, v in settings.items() for x in (f"--{k}", v))]
     found: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_track", lambda run, figures, step: found.append({"step": step, **figures}))

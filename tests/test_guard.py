@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import SCRIPTS, altered, arguments, as_a_process, assert_same_weights, run_here, weights
+from runs import SCRIPTS, altered, arguments, as_a_process, assert_same_weights, run_here, timesteps, weights
 from support import ROOT, ranks_of, wait_for
 
 import train_ncp_dpo
@@ -24,7 +24,7 @@ from ncp.training.weights import WEIGHTS
 
 
 def nan_loss(losses):
-    return losses * torch.tensor([1.0, float("nan")])
+    return losses * losses.new_tensor([1.0, float("nan")])
 
 
 def nan_gradient(losses):
@@ -50,7 +50,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(assets, tmp_path, capsys
     assert states[1]["ema"]["optimization_step"] == 1
     (entry,) = map(json.loads, (out / "skipped_steps.jsonl").read_text().splitlines())
     dataset = open_pairs(parse(SCRIPTS[kind].Config, arguments(assets, out)))
-    order = PairDataset(parse(SCRIPTS[kind].Config, arguments(assets, out)), dataset, (4, 16, 16), 1000, images=2)
+    config = parse(SCRIPTS[kind].Config, arguments(assets, out))
+    order = PairDataset(config, dataset, (4, 16, 16), timesteps(config), images=2)
     batch = [dataset.name(order.pair_index(n)) for n in (2, 3)]  # positions of step 2
     suspects = batch[1:] if harm is nan_loss else batch
     assert entry["step"] == 2 and [{k: p[k] for k in p if k != "loss"} for p in entry["pairs"]] == suspects
@@ -316,7 +317,7 @@ def test_held_out_pairs_never_train_and_are_the_same_for_any_seed(assets, tmp_pa
     def make(*extra):
         config = parse(train_ncp_dpo.Config, arguments(assets, tmp_path, *extra))
         pairs = open_pairs(config)
-        return pairs, PairDataset(config, pairs, (4, 16, 16), 1000, images=2)
+        return pairs, PairDataset(config, pairs, (4, 16, 16), timesteps(config), images=2)
 
     pairs, dataset = make("--heldout_pairs", "3")
     other, _ = make("--heldout_pairs", "3", "--seed", "7")

@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "half precision": ("xl-half", lambda a, t: [], "unet has no weights of variant null; set variant: fp16"),
     "no weights": ("sd", lambda a, t: [*emptied(a, t, "vae")], "vae has no weights"),
-    "inpainting": ("sd", lambda a, t: altered(a, t, "sd", UNET, in_channels=9), "inpainting and other extra-input"),
+    "inpainting": ("sd", lambda a, t: altered(a, t, "sd", UNET, in_channels=9), "inpainting and other models"),
     "the refiner": (
         "xl",
         lambda a, t: altered(a, t, "xl", INDEX, text_encoder=[None, None], tokenizer=[None, None]),

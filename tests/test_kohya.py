@@ -19,7 +19,7 @@ from benchmarks.architectures import description
 from ncp.common.errors import UserError
 from ncp.training.checkpoints import read_manifest
 from ncp.training.kohya import base_model, file_name, kohya_state
-from ncp.training.models import LORA_TARGETS
+from ncp.training.unets import LORA_TARGETS
 from ncp.training.weights import WEIGHTS, read_lora
 
 runs = lora_runs.runs
@@ -57,7 +57,7 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out_0"]
 def full_size(request) -> tuple[str, dict[str, torch.Tensor]]:
     """The published U-Net's name, and the weights of a LoRA of rank 3 on it; it has its size, and no storage."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(description(request.param).unet)
+        unet = UNet2DConditionModel.from_config(description(request.param).denoiser)
         unet.add_adapter(LoraConfig(r=3, target_modules=LORA_TARGETS))
     return request.param, {k: torch.ones(v.shape) for k, v in get_peft_model_state_dict(unet).items()}
 

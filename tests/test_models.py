@@ -19,7 +19,7 @@ from diffusers import (
     PNDMScheduler,
 )
 from pipelines import SIDE, unet
-from runs import arguments, as_a_process, assert_same_weights, call, loaded, run_here
+from runs import arguments, as_a_process, assert_same_weights, call, loaded, run_here, timesteps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,10 +31,12 @@ from ncp.common.errors import UserError
 from ncp.training import cache, inputs, memory
 from ncp.training.drawing import decode_latents, draw
 from ncp.training.inputs import VAE_ELEMENTS, conditions, embed_prompts, images_per_pass, vae_moments
-from ncp.training.models import checkpoint_blocks, compile_blocks, load_pipe
+from ncp.training.models import compile_blocks, load_pipe
 from ncp.training.pairs import open_pairs
-from ncp.training.pipeline import describe, scheduler_like
+from ncp.training.pipeline import describe
 from ncp.training.samples import PairDataset
+from ncp.training.schedules import scheduler_like
+from ncp.training.unets import REPEATED, checkpoint_blocks
 
 
 def gradients(assets, tmp_path, *extra: str) -> dict[str, torch.Tensor]:
@@ -97,7 +99,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", broken)
     model = unet()
-    compile_blocks([model], Printer())
+    compile_blocks([model], REPEATED, Printer())
     assert capsys.readouterr().out == (
         "torch_compile: no working compiler here, going on without (no C++ compiler found)\n"
     )
@@ -348,7 +350,7 @@ def test_fixed_size_conditions_are_a_whole_image_of_the_resolution(assets, tmp_p
             config = parse(train_ncp_dpo.Config, argv)
             description, pairs = describe(config), open_pairs(config)
             opened = cache.open_cache(config, description, pairs)
-            dataset = PairDataset(config, pairs, (4, 16, 16), 1000, 2, opened)
+            dataset = PairDataset(config, pairs, (4, 16, 16), timesteps(config), 2, opened)
             samples[ids] = [dataset[3], dataset.heldout(1)]
         for image, fixed in zip(*samples.values(), strict=True):
             assert fixed["time_ids"].tolist() == [whole, whole]

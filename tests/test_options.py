@@ -74,11 +74,11 @@ OWN = {
     "cpo": [["--beta", "5"], ["--lam", "1"], ["--winner_preserving_mu", "0.9"]],
     "sft": [["--loss_weight", "3"]],
 }
-# Tests of their own: files, resuming, held-out pairs, pictures, uploads, trackers, compilers, loader's workers.
+# Tests of their own: SD3's, files, resuming, held-out pairs, pictures, uploads, trackers, compilers, loader's workers.
 ELSEWHERE = frozenset(
     """
     soft_labels
-    single_file_config revision variant pretrained_vae_model_name_or_path dataset_split
+    max_sequence_length single_file_config revision variant pretrained_vae_model_name_or_path dataset_split
     cached_latents corrupt_images torch_compile
     resume_from_checkpoint heldout_pairs heldout_steps warn_winner_drift max_winner_drift
     validation_prompts validation_steps validation_num_inference_steps validation_guidance_scale validation_seed
@@ -91,7 +91,7 @@ IN_PASSING = {
     "dataclasses", "ncp.common.config", "ncp.training.cache", "ncp.training.memory", "ncp.training.result",
     "ncp.training.resume", "ncp.training.settings", "ncp.training.summary",
 }  # fmt: skip
-PROPERTIES = {"timestep_offset": {"k", "first_timestep"}}
+PROPERTIES = {"timestep_offset": {"k"}}
 
 
 def recording(config: type[TrainingConfig], read: set[str]) -> type[TrainingConfig]:

@@ -16,10 +16,11 @@ MIXED = torch.tensor([30, 500])  # timesteps of two pairs
 PATHS = ["--pretrained_model_name_or_path", "-", "--dataset_name", "-", "--output_dir", "-"]
 
 
+@pytest.mark.parametrize("name", ["embedded", "sd35"])
 @pytest.mark.parametrize("space", ["perceptual", "latent"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_in_float32_every_objective_is_the_independent_reading(objective, space):
-    r = compare(setting("embedded", 2), objective, torch.float32, MIXED, space=space)
+def test_in_float32_every_objective_is_the_independent_reading(objective, space, name):
+    r = compare(setting(name, 2), objective, torch.float32, MIXED, space=space)
     # The difference of two features is a thousandth of either, so float32's seven digits leave four.
     assert r.loss_ratio == pytest.approx(1, abs=5e-3)
     assert r.cosine > 0.9999 and r.norm_ratio == pytest.approx(1, abs=5e-3)
@@ -40,6 +41,14 @@ def test_in_float16_the_lora_gradient_is_right(objective, name):
 @pytest.mark.parametrize("t", [1, 100, 999])
 def test_in_float16_the_loss_is_right_at_every_noise_level(t):
     r = compare(setting("embedded", 2), "sft", torch.float16, torch.tensor([t, t]))
+    assert r.loss_ratio == pytest.approx(1, abs=0.02) and r.cosine > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("t", [1, 300, 1000])
+def test_in_half_precision_a_transformer_is_right_at_every_noise_level(t, dtype):
+    # With the length of configs/sd35_ncp_dpo.yaml.
+    r = compare(setting("sd35", 2), "sft", dtype, torch.tensor([t, t]), secant_length=0.024)
     assert r.loss_ratio == pytest.approx(1, abs=0.02) and r.cosine > 0.99
 
 

@@ -41,7 +41,7 @@ def test_every_shared_key_is_mathematics_or_may_change():
     mathematics = {
         "revision", "variant", "prediction_type", "rescale_betas_zero_snr", "dataset_split", "max_train_samples",
         "heldout_pairs", "resolution", "center_crop", "random_flip", "time_ids", "proportion_empty_prompts", "space",
-        "encoder_blocks", "timestep_offset", "secant", "secant_length", "seed",
+        "encoder_blocks", "timestep_offset", "max_sequence_length", "secant", "secant_length", "seed",
         "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "allow_tf32", "rank", "lora_alpha",
         "use_ema", "ema_decay",

@@ -12,7 +12,7 @@ import torch
 from fake_hub import FakeHub
 from pipelines import SIDE, save_dataset, save_pipeline
 from preference_sets import PROMPTS, picture, prepared, save_chosen_rejected
-from runs import call
+from runs import call, timesteps
 from safetensors.torch import load_file
 from support import python
 
@@ -46,7 +46,7 @@ def arguments(data, tmp_path, **changes: object) -> list[str]:
 
 def samples(data, tmp_path, **changes: object) -> PairDataset:
     config = parse(train_ncp_dpo.Config, arguments(data, tmp_path, **changes))
-    return PairDataset(config, open_pairs(config), (4, 16, 16), 1000, images=2)
+    return PairDataset(config, open_pairs(config), (4, 16, 16), timesteps(config), images=2)
 
 
 def same(a: dict, b: dict) -> bool:

@@ -55,12 +55,13 @@ def second_time(work: Callable[[], Any]) -> float:
 def random_batch(m: Models, config: train_ncp_dpo.Config) -> dict[str, Any]:
     """A batch of PAIRS pairs as from the loader, filled with noise."""
     side, shape = config.resolution, m.description.latent_shape(config.resolution)
+    among = m.description.timesteps(config.k).among
     return {
         "pixels": torch.randint(0, 256, (2 * PAIRS, 3, side, side), dtype=torch.uint8),
         "posterior": torch.randn(2 * PAIRS, *shape),
         "prompt": [world.all_scenes()[n].prompt() for n in range(PAIRS)],
         "time_ids": torch.zeros(2 * PAIRS, 6),
-        "timestep": torch.randint(config.first_timestep, m.description.num_timesteps, (PAIRS,)),
+        "timestep": torch.randint(among.start, among.stop, (PAIRS,)),
         "eps": torch.randn(PAIRS, *shape),
         "z": torch.randn(2 * PAIRS, *shape),
     }

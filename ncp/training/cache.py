@@ -6,7 +6,7 @@
                                       k // n of its kind; the first prompt is the empty one
     images-00000.safetensors          moments float16 (n, F, 2C, h, w), mean and log-variance; F = 2 with the mirrored
                                       image second; time_ids int32 (n, 6), all 0 for an image that is unreadable
-    prompts-00000.safetensors         text float16 (n, S, D) and, for SDXL, pooled float16 (n, P)
+    prompts-00000.safetensors         text float16 (n, S, D) and, for SDXL and SD3, pooled float16 (n, P)
     manifest.json                     what the content depends on; in a finished cache also each file's size
 
 Images are identified by uid. One cache serves any selection of its dataset: another filter rule, or other pairs.
@@ -41,10 +41,11 @@ def fingerprint(config: TrainingConfig, description: Description) -> dict[str, A
     """What the content of a cache depends on, besides the dataset. Weight files are sampled, not read whole."""
     name, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
     given = config.single_file_config
-    texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")[: 4 if description.is_xl else 2]
+    texts = [part for text in description.texts for part in (text, text.replace("text_encoder", "tokenizer"))]
     return {
         "vae": identity(vae, None, "") if vae else identity(name, config.revision, "vae", given),
         **{part: identity(name, config.revision, part, given) for part in texts},
+        **({"max_sequence_length": description.max_sequence_length} if len(texts) > 4 else {}),  # T5's tokens
         "variant": config.variant,
         "mixed_precision": config.mixed_precision,
         "resolution": config.resolution,

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from ncp.training.inputs import images_per_pass
 from ncp.training.models import Models
-from ncp.training.pipeline import scheduler_like
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def draw(
     batch_size: int = 8,
     between: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One image per prompt with DDIM, each from its own seed, so that it does not depend on the other prompts.
+    """One image per prompt (DDIM; SD3: Euler), each from its own seed, so that it does not depend on the other prompts.
 
     pipe: from `load_pipe`. unet: the policy or the reference. between: called between sampler steps; it may raise an
     exception to stop the drawing.
@@ -42,11 +41,10 @@ def draw(
         between()
         return outputs
 
-    vae, parts = pipe.vae, dict(pipe.components)
-    parts |= {"unet": unet, "scheduler": scheduler_like(DDIMScheduler, models.description.scheduler)}
-    if not isinstance(pipe, StableDiffusionXLPipeline):
-        parts["requires_safety_checker"] = False
-    pipe = type(pipe)(**parts)
+    vae, description = pipe.vae, models.description
+    family = description.family
+    sampler = family.sampler(description.scheduler)
+    pipe = family.rebuilt(pipe, **{family.DENOISER: unet, "scheduler": sampler})
     pipe.set_progress_bar_config(disable=True)
     training, images = unet.training, []
     unet.eval()
@@ -61,6 +59,7 @@ def draw(
                 generator=[torch.Generator().manual_seed(s) for s in seeds[i : i + batch_size]],
                 output_type="latent",
                 callback_on_step_end=after_step,
+                **family.draw_arguments(description.max_sequence_length),
             ).images
         images += decode_latents(vae, latents)  # outside autocast: a VAE that needs float32 gets it
     unet.train(training)

@@ -9,12 +9,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from ncp.common import hub
 from ncp.common.errors import UserError
 from ncp.training import single_file
-from ncp.training.pipeline import PIPELINES, read_json, read_schedule, scheduler_like
+from ncp.training.pipeline import FAMILIES, PIPELINES, parts_of, read_json, read_schedule
 
 STATED = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}  # and what a config means that is silent
 
@@ -23,20 +22,24 @@ def check_base(base: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """The class of the base pipeline, from its JSON files; no weights are loaded.
 
     base: the keys of a training config that describe the base model. state: the LoRA under peft's names. Raises
-    UserError if the base is neither Stable Diffusion nor SDXL, or if its U-Net lacks a layer of the LoRA or has it in
+    UserError if the base is no Stable Diffusion, or if its denoiser lacks a layer of the LoRA or has it in
     another size.
     """
     name, given = base.pretrained_model_name_or_path, base.single_file_config
     kind = read_json(name, "model_index.json", base.revision, given).get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"{name}: a {kind}; expected {' or '.join(PIPELINES)}")
+    family = FAMILIES[PIPELINES[kind]]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(name, "unet/config.json", base.revision, given))
-    weights = dict(unet.named_parameters())
+        config = read_json(name, f"{family.DENOISER}/config.json", base.revision, given)
+        model = family.MODEL.from_config(config)
+    weights = dict(model.named_parameters())
     for layer, (down, up) in layers(state).items():
         shape = (len(up), down.shape[1])
         if (weight := weights.get(f"{layer}.weight")) is None:
-            raise UserError(f"{name}: its U-Net has no {layer}, which the LoRA changes; another base model?")
+            raise UserError(
+                f"{name}: its {family.DENOISER} has no {layer}, which the LoRA changes; another base model?"
+            )
         if tuple(weight.shape) != shape:
             found = " x ".join(map(str, weight.shape))
             raise UserError(
@@ -52,15 +55,15 @@ def layers(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def fuse(unet: torch.nn.Module, state: Mapping[str, torch.Tensor], alpha: float) -> None:
+def fuse(model: torch.nn.Module, state: Mapping[str, torch.Tensor], alpha: float) -> None:
     """Adds alpha / rank * up @ down to the weights of each layer, in place."""
-    weights = dict(unet.named_parameters())
+    weights = dict(model.named_parameters())
     for layer, (down, up) in layers(state).items():
         weights[f"{layer}.weight"].add_(up.float() @ down.float(), alpha=alpha / len(down))
 
 
 def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dtype) -> Any:
-    """The base pipeline with the LoRA in its U-Net, on the CPU, in `dtype`. The sum is taken in float32.
+    """The base pipeline with the LoRA in its denoiser, on the CPU, in `dtype`. The sum is taken in float32.
 
     The scheduler is the base's own, or DDIM if training used another noise schedule or prediction type than the base's
     files state. Safety checker and feature extractor are left out. Raises UserError if the base cannot be loaded.
@@ -69,22 +72,22 @@ def fused_pipeline(base: Any, state: Mapping[str, torch.Tensor], alpha: float, d
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     schedule, _ = read_schedule(base)
-    extra: dict[str, Any] = {"feature_extractor": None}
-    if kind is PIPELINES["StableDiffusionPipeline"]:
-        extra |= {"safety_checker": None, "requires_safety_checker": False}
+    family = FAMILIES[kind]
+    index = read_json(name, "model_index.json", base.revision, base.single_file_config)
+    part, extra = family.DENOISER, family.left_out(kind, parts_of(index))
     where = {"revision": base.revision, "variant": base.variant}
     with hub.loading(name):
         if single_file.is_single_file(name):
             path, given = Path(name), base.single_file_config
-            unet = single_file.load_part(path, given, UNet2DConditionModel, "unet", torch.float32)
-            fuse(unet, state, alpha)
-            pipe = single_file.load_pipeline(path, given, kind, dtype, unet=unet.to(dtype), **extra)
+            model = single_file.load_part(path, given, family.MODEL, part, torch.float32)
+            fuse(model, state, alpha)
+            pipe = single_file.load_pipeline(path, given, kind, dtype, unet=model.to(dtype), **extra)
         else:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **where)
-            fuse(unet, state, alpha)
-            pipe = kind.from_pretrained(name, unet=unet.to(dtype), dtype=dtype, **extra, **where)
+            model = family.MODEL.from_pretrained(name, subfolder=part, dtype=torch.float32, **where)
+            fuse(model, state, alpha)
+            pipe = kind.from_pretrained(name, **{part: model.to(dtype)}, dtype=dtype, **extra, **where)
     if any((pipe.scheduler.config.get(k) or silent) != (schedule.get(k) or silent) for k, silent in STATED.items()):
-        pipe.register_modules(scheduler=scheduler_like(DDIMScheduler, schedule))
+        pipe.register_modules(scheduler=family.sampler(schedule))
     return pipe
 
 

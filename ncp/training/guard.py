@@ -109,7 +109,9 @@ class Guard:
         device, limit = self.accelerator.device, self.config.max_train_hours
         # Never before the first step: each start of a run takes at least one.
         late = limit is not None and self._stepped and time.monotonic() - STARTED >= limit * 3600
-        own = torch.stack([torch.as_tensor(f, device=device).float() for f in (*flags, late, self._signal)])
+        # A number is filled in on the device, because the host waits for a copy. The host waits once, at the end.
+        numbers = (f.float() if torch.is_tensor(f) else float(f) for f in (*flags, late, self._signal))
+        own = torch.stack([n.to(device) if torch.is_tensor(n) else torch.full((), n, device=device) for n in numbers])
         *found, late, number = self.accelerator.gather(own).view(-1, len(own)).amax(0).tolist()
         if (number or late) and self.stopped is None:
             why = f"by {signal.Signals(int(number)).name}" if number else f"after max_train_hours ({limit:g})"

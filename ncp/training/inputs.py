@@ -1,13 +1,14 @@
-"""Inputs of the U-Net: latents of images and embeddings of prompts, computed or read from a cache."""
+"""Inputs of the model: latents of images and embeddings of prompts, computed or read from a cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 
 from ncp.training.models import Models
+from ncp.training.pipeline import FAMILIES
 
 # Elements of the largest feature map of one VAE pass. Many kernels index with 32 bits, so 2^31 is the limit. An eighth
 # of it is four images of 512 x 512 in SD's VAE, or one of 1024 x 1024. That takes 2.5 GiB in float32 (memory.encoders);
@@ -28,24 +29,20 @@ def latents(models: Models, batch: dict[str, Any]) -> torch.Tensor:
 
 @torch.no_grad()
 def conditions(models: Models, batch: dict[str, Any]) -> dict[str, Any]:
-    """The U-Net's keyword arguments for N images of B prompts, the prompts repeated in whole rounds.
+    """The model's keyword arguments besides the timestep, for N images of B prompts, repeated in whole rounds.
 
-    encoder_hidden_states (N, S, D); for SDXL also added_cond_kwargs, with the pooled text_embeds (N, P) and
-    the batch's time_ids (N, 6): original size, crop and target size in pixels, height before width. They stay in
-    float32, because bfloat16 rounds 1023 to 1024. The U-Net casts their sinusoidal embedding.
+    encoder_hidden_states (N, S, D) and what else the model takes: `conditions` in ncp/training/unets.py and sd3.py.
     """
+    description = models.description
     text, pooled = (
-        (batch["text"], batch.get("pooled")) if models.pipe is None else embed_prompts(models.pipe, batch["prompt"])
+        (batch["text"], batch.get("pooled"))
+        if models.pipe is None
+        else embed_prompts(models.pipe, batch["prompt"], description.max_sequence_length)
     )
     rounds = len(batch["time_ids"]) // len(text)
-    kwargs: dict[str, Any] = {"encoder_hidden_states": text.to(models.dtype).repeat(rounds, 1, 1)}
-    if pooled is not None:
-        pooled = pooled.to(models.dtype).repeat(rounds, 1)
-        kwargs["added_cond_kwargs"] = {
-            "text_embeds": pooled,
-            "time_ids": batch["time_ids"].to(pooled.device, torch.float32),
-        }
-    return kwargs
+    text = text.to(models.dtype).repeat(rounds, 1, 1)
+    pooled = None if pooled is None else pooled.to(models.dtype).repeat(rounds, 1)
+    return description.family.conditions(description, text, pooled, batch["time_ids"])
 
 
 @torch.no_grad()
@@ -73,16 +70,12 @@ def images_per_pass(vae: dict[str, Any], side: int) -> int:
 
 
 @torch.no_grad()
-def embed_prompts(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(text (B, S, D), pooled (B, P) for SDXL or None), in the text encoders' dtype, in passes of bounded size."""
-    outputs = [
-        pipe.encode_prompt(
-            prompt=prompts[i : i + PROMPTS_PER_PASS],
-            device=pipe.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        for i in range(0, len(prompts), PROMPTS_PER_PASS)
-    ]
-    text = torch.cat([o[0] for o in outputs])
-    return text, torch.cat([o[2] for o in outputs]) if isinstance(pipe, StableDiffusionXLPipeline) else None
+def embed_prompts(
+    pipe: Any, prompts: list[str], max_sequence_length: int = 256
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(text (B, S, D), pooled (B, P) or None), in the text encoders' dtype, in passes of bounded size."""
+    embed = FAMILIES[type(pipe)].embed
+    passes = range(0, len(prompts), PROMPTS_PER_PASS)
+    parts = [embed(pipe, prompts[i : i + PROMPTS_PER_PASS], max_sequence_length) for i in passes]
+    text, pooled = zip(*parts, strict=True)
+    return torch.cat(text), None if pooled[0] is None else torch.cat(pooled)

@@ -14,6 +14,9 @@ library/sai_model_spec.py). AUTOMATIC1111 shows some as a table, and tells SD 1,
 `ss_base_model_version` and `ss_v2` (AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/network.py). There
 is no date, so that every export of one LoRA is the same.
 
+For SD3 the names begin with lora_transformer (lora_transformer_transformer_blocks_0_attn_to_q), which ComfyUI and Forge
+look for (`model_lora_keys_unet`). There they also find a LoRA of SD3 in diffusers' format, but not its alpha.
+
 Blocks have diffusers' names, for SDXL too. ComfyUI, Forge and AUTOMATIC1111 read these. kohya's own tools for SDXL,
 such as its sdxl_merge_lora.py, know only the names of the original checkpoint.
 """
@@ -32,10 +35,12 @@ from safetensors.torch import save_file
 
 from ncp.common.errors import UserError
 from ncp.common.files import write_file
+from ncp.training import sd3, unets
 from ncp.training.models import Models
 from ncp.training.samples import PairDataset
 from ncp.training.weights import WEIGHTS
 
+SD3_BLOCKS = "transformer_blocks."  # how the names of SD3's layers begin; a U-Net's never do
 PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}  # peft's names of the two factors, and kohya's
 SDXL_TEXT_WIDTH, SD2_TEXT_WIDTH = 2048, 1024  # of the prompt's embedding, the input of the cross-attention
 
@@ -63,12 +68,17 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
         layer, _, part = name.removesuffix(".weight").rpartition(".")
         if part not in PARTS:
             raise UserError(f"{name}: not a LoRA weight that kohya's form can hold")
-        key = "lora_unet_" + layer.replace(".", "_")
+        key = f"{prefix_of(layer)}_" + layer.replace(".", "_")
         out[f"{key}.{PARTS[part]}.weight"] = tensor.to(dtype).contiguous()
         out[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
         if not out[f"{key}.{PARTS[part]}.weight"].isfinite().all():
             raise UserError(f"{name}: not finite in {dtype}")
     return out
+
+
+def prefix_of(layer: str) -> str:
+    """How the names of a model's layers begin in kohya's form."""
+    return sd3.LORA_PREFIX if layer.startswith(SD3_BLOCKS) else unets.LORA_PREFIX
 
 
 def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[st
     return {
         "method": method,
         "is_xl": models.description.is_xl,
-        "prediction_type": models.scheduler.config.prediction_type,
+        "prediction_type": models.scheduler.config.get("prediction_type"),
         "pairs": len(dataset.pairs),
         "prompts": len(pc.unique(captions)),
         "images": len(dataset.pairs) * dataset.images,
@@ -143,6 +153,8 @@ def base_model(
 
     The width of the text embedding tells SD 1 from SD 2, and, if is_xl is None, also SDXL.
     """
+    if any(k.startswith(SD3_BLOCKS) for k in state):
+        return "sd3", False, "stable-diffusion-3"
     width = next((t.shape[1] for k, t in state.items() if k.endswith("attn2.to_k.lora_A.weight")), None)
     if is_xl if is_xl is not None else width == SDXL_TEXT_WIDTH:
         return "sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base"

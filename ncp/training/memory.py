@@ -17,14 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ncp.encoder import DownBlockEncoder, precision_of_f
+from ncp.encoder import precision_of_f
 from ncp.training.inputs import images_per_pass
-from ncp.training.models import LORA_TARGETS, checkpoint_blocks
 from ncp.training.pipeline import DTYPES, Description
 from ncp.training.settings import TrainingConfig
 
@@ -36,7 +34,7 @@ FRAGMENTS = 0.05  # share of the rest that the allocator loses to fragmentation
 class Estimate:
     """Bytes on one device, by purpose."""
 
-    weights: int  # the frozen U-Net, shared by policy, reference and encoder (with bf16 also f's copy of its part)
+    weights: int  # the frozen model, shared by policy, reference and encoder (with bf16 also f's copy of its part)
     inputs: int  # VAE and text encoders; 0 with a cache
     lora: int  # LoRA weights, gradients, optimizer state, average, a following reference's LoRA
     activations: int  # kept for the backward pass
@@ -76,42 +74,43 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     float32, as under CUDA's autocast."""
     dtype = DTYPES[config.mixed_precision]
     rows = config.train_batch_size * images_per_sample
+    family = description.family
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(description.unet).to(dtype).requires_grad_(False)
+        unet = family.MODEL.from_config(description.denoiser).to(dtype).requires_grad_(False)
         weights = size_of(unet.parameters())
         of_f = precision_of_f(dtype, torch.device("cuda" if cuda else "cpu"))
-        encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, of_f)
+        encoder = family.ENCODER.from_model(unet, config.encoder_blocks, of_f)
         weights += size_of(encoder.parameters()) if of_f != dtype else 0
-        unet.add_adapter(LoraConfig(r=config.rank, init_lora_weights=False, target_modules=LORA_TARGETS))
+        unet.add_adapter(LoraConfig(r=config.rank, init_lora_weights=False, target_modules=family.LORA_TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     for p in trained:
         p.data = p.data.to(dtype)  # as autocast casts it in the forward pass
     if config.gradient_checkpointing:
-        checkpoint_blocks(unet, config.checkpointed_blocks)
+        family.checkpoint_blocks(unet, config.checkpointed_blocks)
         if {"all", "encoder"} & set(config.checkpointed_blocks):
             encoder.enable_gradient_checkpointing()
 
-    x, t, text, added = inputs(config, description, rows, dtype)
+    x, c = inputs(config, description, rows, dtype)
     frozen = [p.untyped_storage() for p in [*unet.parameters(), *encoder.parameters()]]  # kept alive: ids stay valid
     kept = {id(storage) for storage in frozen}
     with fused_attention(), Saved(kept) as saved:
         with norms_in_float32(cuda and config.mixed_precision != "no"):
-            eps = unet(x, t, text, added_cond_kwargs=added).sample
+            eps = unet(x, **c).sample
         if config.space == "perceptual":
-            encoder(eps, t, text, added)
+            encoder(eps, **c)
     activations = saved.bytes
     working = 0
     with torch.no_grad(), fused_attention():
         with Peak() as peak:
-            unet(x, t, text, added_cond_kwargs=added)
+            unet(x, **c)
         working = peak.bytes
         if config.space == "perceptual":
             with Peak() as peak:
-                encoder(x, t, text, added)
+                encoder(x, **c)
             working = max(working, peak.bytes)
     if config.gradient_checkpointing:
-        working = max(working, largest_block(unet, encoder, config, x, t, text, added, kept))
+        working = max(working, largest_block(unet, encoder, config, x, c, kept))
     state = 4 + 4 + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
     state += 4 if getattr(config, "reference_decay", None) is not None else 0
     return Estimate(
@@ -119,24 +118,20 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     )
 
 
-def inputs(config: TrainingConfig, description: Description, rows: int, dtype: torch.dtype) -> Any:
-    """(x_t, timestep, text, added conditions) of a step, on the meta device."""
+def inputs(
+    config: TrainingConfig, description: Description, rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(x_t, timestep and conditions) of a step, on the meta device."""
     draw = torch.empty
     with torch.device("meta"):
         x = draw(rows, *description.latent_shape(config.resolution), dtype=dtype)
-        text, t = draw(rows, *description.text_shape, dtype=dtype), draw(rows, dtype=torch.long)
-        added = None
-        if description.pooled_dim:
-            added = {
-                "text_embeds": draw(rows, description.pooled_dim, dtype=dtype),
-                "time_ids": draw(rows, 6, dtype=dtype),
-            }
-    return x, t, text, added
+        text, time_ids = draw(rows, *description.text_shape, dtype=dtype), draw(rows, 6)
+        pooled = draw(rows, description.pooled_dim, dtype=dtype) if description.pooled_dim else None
+        t = draw(rows, dtype=torch.long)
+    return x, {"timestep": t, **description.family.conditions(description, text, pooled, time_ids)}
 
 
-def largest_block(
-    unet: Any, encoder: Any, config: TrainingConfig, x: Any, t: Any, text: Any, added: Any, kept: set
-) -> int:
+def largest_block(unet: Any, encoder: Any, config: TrainingConfig, x: Any, c: dict[str, Any], kept: set) -> int:
     """Bytes that autograd saves when the largest checkpointed block is recomputed."""
     largest = 0
 
@@ -152,9 +147,9 @@ def largest_block(
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = measure
     with fused_attention():
-        unet(x, t, text, added_cond_kwargs=added)
+        unet(x, **c)
         if config.space == "perceptual":
-            encoder(x.detach().requires_grad_(), t, text, added)
+            encoder(x.detach().requires_grad_(), **c)
     return largest
 
 
@@ -165,7 +160,7 @@ def _is_float(value: Any) -> bool:
 def encoders(config: TrainingConfig, description: Description) -> int:
     """Bytes of VAE and text encoders, and of the peak of one VAE pass."""
     from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     dtype = DTYPES[config.mixed_precision]
     vae_dtype = description.vae_dtype(dtype)
@@ -174,7 +169,9 @@ def encoders(config: TrainingConfig, description: Description) -> int:
         vae = AutoencoderKL.from_config(description.vae).to(vae_dtype)
         total = size_of(vae.parameters())
         for text in description.text_encoders:
-            total += size_of(CLIPTextModel(CLIPTextConfig(**text)).to(dtype).parameters())
+            t5 = text.get("model_type") == "t5"
+            model = T5EncoderModel(T5Config(**text)) if t5 else CLIPTextModel(CLIPTextConfig(**text))
+            total += size_of(model.to(dtype).parameters())
         with Peak() as peak:
             vae.encode(torch.empty(images, 3, *2 * [config.resolution], dtype=vae_dtype))
     return total + peak.bytes
@@ -255,9 +252,13 @@ def norms_in_float32(enabled: bool) -> Iterator[None]:
     """Group and layer norms inside the block compute and save float32, as under CUDA's autocast (not the CPU's)."""
     norms: Any = F
     group, layer = F.group_norm, F.layer_norm
+
+    def wide(weight: torch.Tensor | None) -> torch.Tensor | None:
+        return None if weight is None else weight.float()
+
     if enabled:
         norms.group_norm = lambda x, n, w, b, eps: group(x.float(), n, w.float(), b.float(), eps).to(x.dtype)
-        norms.layer_norm = lambda x, shape, w, b, eps: layer(x.float(), shape, w.float(), b.float(), eps).to(x.dtype)
+        norms.layer_norm = lambda x, shape, w, b, eps: layer(x.float(), shape, wide(w), wide(b), eps).to(x.dtype)
     try:
         yield
     finally:

@@ -23,11 +23,11 @@ class Meter:
         self._clear()
         if "meter" in saved:
             self.counts.update(saved["meter"]["counts"])
-            self.sums.update({name: torch.tensor(value) for name, value in saved["meter"]["sums"].items()})
+            self.sums.update(saved["meter"]["sums"])
             self.samples, self.before = saved["meter"]["samples"], saved["meter"]["before"]
 
     def _clear(self) -> None:
-        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.samples, self.before = 0, self.seconds
 
@@ -40,9 +40,8 @@ class Meter:
     def add(self, metrics: dict[str, torch.Tensor | float], samples: int = 0) -> None:
         """metrics: per-sample tensors or scalars. samples: number of this process's pairs."""
         for name, value in metrics.items():
-            # Summed on the device: reading a value here would make the host wait at every step.
-            mean = value.detach().float().mean() if torch.is_tensor(value) else torch.tensor(float(value))
-            self.sums[name] = self.sums[name].to(mean.device) + mean
+            # Summed where the value is: the host would wait for the device to read a value, and to hand it a tensor.
+            self.sums[name] += value.detach().float().mean() if torch.is_tensor(value) else float(value)
             self.counts[name] += 1
         self.samples += samples
 
@@ -50,15 +49,20 @@ class Meter:
         """The meter's entries in a checkpoint: with them a resumed run logs the same values as an uninterrupted one."""
         names, sums = sorted(self.sums), []
         if names:
-            own = torch.stack([self.sums[n].to(accelerator.device) for n in names])
-            sums = accelerator.reduce(own, reduction="mean").tolist()
+            sums = accelerator.reduce(self._sums(names, accelerator.device), reduction="mean").tolist()
         meter = {"sums": dict(zip(names, sums, strict=True)), "counts": dict(self.counts)}
         return {"seconds": self.seconds, "meter": {**meter, "samples": self.samples, "before": self.before}}
+
+    def _sums(self, names: list[str], device: torch.device) -> torch.Tensor:
+        """(N,) float32 on the device. A number is filled in there, because the host waits for a copy."""
+        sums = (self.sums[n] for n in names)
+        return torch.stack([s.to(device) if torch.is_tensor(s) else torch.full((), s, device=device) for s in sums])
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last flush over all processes, with samples per second and peak memory in GiB."""
         names = sorted(self.sums)
-        means = torch.stack([self.sums[n].to(accelerator.device) / self.counts[n] for n in names])
+        sums = self._sums(names, accelerator.device)
+        means = torch.stack([total / self.counts[n] for n, total in zip(names, sums, strict=True)])
         means = accelerator.reduce(means, reduction="mean")
         figures = dict(zip(names, means.tolist(), strict=True))
         figures["samples_per_second"] = self.samples * accelerator.num_processes / (self.seconds - self.before)

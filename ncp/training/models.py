@@ -1,4 +1,4 @@
-"""Policy, reference and encoder over one frozen U-Net, and the rest of the pipeline, loaded for training."""
+"""Policy, reference and encoder over one frozen model, and the rest of the pipeline, loaded for training."""
 
 from __future__ import annotations
 
@@ -6,53 +6,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ncp.common import hub
-from ncp.encoder import DownBlockEncoder, frozen_twin, precision_of_f
+from ncp.encoder import Encoder, frozen_twin, precision_of_f
 from ncp.training import single_file
-from ncp.training.pipeline import DTYPES, Description, scheduler_like
+from ncp.training.pipeline import DTYPES, Description
 from ncp.training.settings import TrainingConfig
-
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @dataclass
 class Models:
     """Everything a training step needs, on its device.
 
-    `unet` has the LoRA. `base`, the original model, and `encoder` share its frozen storage (with bfloat16 the encoder
-    has a copy in another precision, `precision_of_f`). `reference` is `base`, or with `reference_decay` one more model
-    over that storage, with a LoRA that is an exponential average of the policy's. `pipe` holds text encoders,
-    tokenizers and VAE; with a cache it is None. The VAE may be in float32 while the rest is in half precision.
-    `secant` is the config's, with "auto" in float32 resolved to "1".
+    `unet` is the policy: the U-Net, or SD3's transformer, with the LoRA. `base`, the original model, and `encoder`
+    share its frozen storage (with bfloat16 the encoder has a copy in another precision, `precision_of_f`). `reference`
+    is `base`, or with `reference_decay` one more model over that storage, with a LoRA that is an exponential average of
+    the policy's. `pipe` holds text encoders, tokenizers and VAE; with a cache it is None. The VAE may be in float32
+    while the rest is in half precision. `secant` is the config's, with "auto" in float32 resolved to "1".
     """
 
     description: Description
-    unet: UNet2DConditionModel
-    base: UNet2DConditionModel
-    reference: UNet2DConditionModel
-    encoder: DownBlockEncoder
-    scheduler: DDPMScheduler
-    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline | None
+    unet: Any
+    base: Any
+    reference: Any
+    encoder: Encoder
+    scheduler: Any
+    pipe: Any
     secant: str
     reference_decay: float | None = None
+
+    @property
+    def diffusion(self) -> ModuleType:
+        """The noise process: ncp.ddpm, or ncp.flow for SD3. Its functions take `scheduler`."""
+        return self.description.family.DIFFUSION
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,18 +79,18 @@ def load_models(config: TrainingConfig, description: Description, accelerator: A
     diffusers.utils.logging.disable_progress_bar()
     name = config.pretrained_model_name_or_path
     with hub.loading(name):
-        unet = load_part(config, UNet2DConditionModel, "unet", DTYPES[accelerator.mixed_precision])
+        family = description.family
+        unet = load_part(config, family.MODEL, family.DENOISER, DTYPES[accelerator.mixed_precision])
     unet.to(accelerator.device)
     pipe = load_pipe(config, description, accelerator) if config.cached_latents is None else None
-    scheduler = scheduler_like(DDPMScheduler, description.scheduler)
-    return assemble(config, description, unet, scheduler, pipe, accelerator)
+    return assemble(config, description, unet, description.schedule, pipe, accelerator)
 
 
 def assemble(
     config: TrainingConfig,
     description: Description,
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
+    unet: Any,
+    scheduler: Any,
     pipe: Any,
     accelerator: Accelerator,
 ) -> Models:
@@ -101,30 +98,34 @@ def assemble(
 
     At the start the reference is exactly equal to the policy.
     """
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    family = description.family
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     decay = getattr(config, "reference_decay", None)  # only train_ncp_dpo.py has it
     follower = None if decay is None else frozen_twin(unet)
     # Wrapped in the same autocast as the policy, so that at the start the two are exactly equal.
     base = accelerator.prepare_model(frozen_twin(unet), evaluation_mode=True)
-    encoder = DownBlockEncoder.from_unet(unet, config.encoder_blocks, precision_of_f(unet.dtype, accelerator.device))
-    exact = encoder.unet.dtype == torch.float32 and config.secant == "auto"
+    precision = precision_of_f(unet.dtype, accelerator.device)
+    encoder = family.ENCODER.from_model(unet, config.encoder_blocks, precision)
+    exact = encoder.dtype == torch.float32 and config.secant == "auto"
     torch.manual_seed(config.seed)  # for LoRA's gaussian matrix, the only randomness outside the samples
-    unet.add_adapter(lora_config(config))
+    unet.add_adapter(lora_config(config, family.LORA_TARGETS))
     # peft gives the LoRA the base's dtype. In half precision, updates of 1e-5 would be rounded away.
     cast_training_params(unet, torch.float32)
     reference = base
     if follower is not None:
-        follower.add_adapter(lora_config(config))
+        follower.add_adapter(lora_config(config, family.LORA_TARGETS))
         follower.requires_grad_(False)
         reference = accelerator.prepare_model(follower, evaluation_mode=True)
     if config.gradient_checkpointing:
-        checkpoint_blocks(unet, config.checkpointed_blocks)
+        family.checkpoint_blocks(unet, config.checkpointed_blocks)
         if {"all", "encoder"} & set(config.checkpointed_blocks):
             encoder.enable_gradient_checkpointing()
     if config.torch_compile:
-        compile_blocks([unet, base, encoder, *([] if follower is None else [reference])], accelerator)
+        copies = [unet, base, encoder, *([] if follower is None else [reference])]
+        compile_blocks(copies, family.REPEATED, accelerator)
     secant = "1" if exact else config.secant
     models = Models(description, unet, base, reference, encoder, scheduler, pipe, secant, decay)
     for own, policys in zip(models.reference_lora, models.lora_parameters, strict=follower is not None):
@@ -132,18 +133,18 @@ def assemble(
     return models
 
 
-def lora_config(config: TrainingConfig) -> LoraConfig:
-    """LoRA on the attention projections."""
+def lora_config(config: TrainingConfig, targets: list[str]) -> LoraConfig:
+    """LoRA on the attention projections. targets: their names."""
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         init_lora_weights="gaussian",
-        target_modules=LORA_TARGETS,
+        target_modules=targets,
     )
 
 
 def load_part(config: TrainingConfig, kind: Any, part: str, dtype: torch.dtype) -> Any:
-    """The U-Net or the VAE of the model, of class `kind`."""
+    """The denoiser or the VAE of the model, of class `kind`."""
     name = config.pretrained_model_name_or_path
     if single_file.is_single_file(name):
         return single_file.load_part(Path(name), config.single_file_config, kind, part, dtype)
@@ -152,21 +153,21 @@ def load_part(config: TrainingConfig, kind: Any, part: str, dtype: torch.dtype) 
 
 
 def load_pipe(config: TrainingConfig, description: Description, accelerator: Accelerator) -> Any:
-    """The pipeline without its U-Net, frozen, on its device: tokenizers, text encoders and VAE."""
+    """The pipeline without its denoiser, frozen, on its device: tokenizers, text encoders and VAE."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     name, dtype = config.pretrained_model_name_or_path, DTYPES[accelerator.mixed_precision]
     vae_name, vae_dtype = config.pretrained_vae_model_name_or_path, description.vae_dtype(dtype)
-    # Not loaded. SD 1.5's files also name a class for the first that transformers no longer has.
-    extra: dict[str, Any] = {"feature_extractor": None}
-    extra |= {} if description.is_xl else {"safety_checker": None, "requires_safety_checker": False}
-    extra["scheduler"] = scheduler_like(DDIMScheduler, description.scheduler)
+    family = description.family
+    extra = family.left_out(description.pipeline, description.texts) | {
+        "scheduler": family.sampler(description.scheduler)
+    }
     with hub.loading(vae_name or name):
         if vae_name:
             vae = AutoencoderKL.from_pretrained(vae_name, dtype=vae_dtype, use_safetensors=True)
         else:
             vae = load_part(config, AutoencoderKL, "vae", vae_dtype)
-    extra |= {"unet": None, "vae": None}
+    extra |= {family.DENOISER: None, "vae": None}
     with hub.loading(name):
         if single_file.is_single_file(name):
             path, kind = Path(name), description.pipeline
@@ -178,25 +179,13 @@ def load_pipe(config: TrainingConfig, description: Description, accelerator: Acc
     pipe.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(accelerator.device)
-    for module in (vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if module is not None:
-            module.requires_grad_(False).eval()
+    for module in (vae, *(getattr(pipe, text) for text in description.texts)):
+        module.requires_grad_(False).eval()
     return pipe
 
 
-def checkpoint_blocks(unet: UNet2DConditionModel, names: list[str]) -> None:
-    """Makes these blocks ("down0", "mid", "up3", ..., or "all") recompute their activations in the backward pass."""
-    blocks = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}
-    blocks |= {f"up{i}": block for i, block in enumerate(unet.up_blocks)} | {"mid": unet.mid_block}
-    unet.enable_gradient_checkpointing()  # sets the checkpointing function, and every block's flag
-    for name, block in blocks.items():
-        for module in block.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = "all" in names or name in names
-
-
-def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> None:
-    """Compiles the repeated blocks (transformer and ResNet) in place. Without a compiler it prints a note instead.
+def compile_blocks(modules: list[torch.nn.Module], kinds: tuple[str, ...], accelerator: Accelerator) -> None:
+    """Compiles the repeated blocks, of classes of these names, in place. Without a compiler it prints a note instead.
 
     Blocks and not whole models: each kind of block is compiled once per shape, in seconds instead of minutes.
     """
@@ -212,7 +201,7 @@ def compile_blocks(modules: list[torch.nn.Module], accelerator: Accelerator) -> 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     for module in modules:
         for block in module.modules():
-            if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+            if type(block).__name__ in kinds:
                 block.compile(dynamic=False)
 
 

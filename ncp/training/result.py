@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 
 import ncp
@@ -20,7 +19,6 @@ from ncp.training.engine import effective_batch, learning_rate
 from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.models import Models, averaged
 from ncp.training.pairs import Pairs, describe_filtering
-from ncp.training.pipeline import scheduler_like
 from ncp.training.settings import TrainingConfig
 from ncp.training.single_file import is_single_file
 from ncp.training.summary import describe_loss
@@ -79,7 +77,7 @@ def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs
     load = "from_single_file" if is_single_file(base) else "from_pretrained"
     own_schedule = ""
     if is_single_file(base) or (config.prediction_type, config.rescale_betas_zero_snr) != (None, None):
-        scheduler = scheduler_like(DDIMScheduler, models.description.scheduler).config
+        scheduler = models.description.family.sampler(models.description.scheduler).config
         keys = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
         stated = ", ".join(f"{key}={scheduler[key]!r}" for key in keys)
         own_schedule = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {stated})\n"

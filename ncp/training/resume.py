@@ -118,7 +118,8 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
         digest.update(pairs.share.tobytes())
     own = {k: v for k, v in cache.fingerprint(config, description).items() if not hasattr(config, k)}
     name = config.pretrained_model_name_or_path
-    unet = {"unet": identity(name, config.revision, "unet", config.single_file_config)}
+    part = description.family.DENOISER
+    unet = {part: identity(name, config.revision, part, config.single_file_config)}
     if is_single_file(name):  # its name may state the prediction type
         unet |= {"prediction": description.prediction.partition(",")[0]}
     # A falling learning rate depends on the number of steps, which may change otherwise.

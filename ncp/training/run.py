@@ -195,7 +195,7 @@ def start(
     _start_trackers(config, accelerator, pairs.manifest)
 
     shape = description.latent_shape(config.resolution)
-    dataset = PairDataset(config, pairs, shape, description.num_timesteps, images_per_sample, cache)
+    dataset = PairDataset(config, pairs, shape, description.timesteps(config.k), images_per_sample, cache)
     batches = iter(loader(dataset, config, first_step, accelerator.process_index, accelerator.num_processes))
     meter = Meter(saved)
     heldout = HeldOut(objective, models, dataset, config, accelerator) if config.heldout_pairs else None

@@ -23,6 +23,7 @@ from ncp.common.processes import end_with_parent
 from ncp.training.cache import Cache
 from ncp.training.images import CorruptImage, Unreadable, decode_image, resize_crop_flip, unreadable
 from ncp.training.pairs import Pairs
+from ncp.training.pipeline import Timesteps
 from ncp.training.settings import TrainingConfig
 
 ORDER, SAMPLE, HELDOUT = 0, 1, 2  # independent random streams
@@ -43,11 +44,11 @@ class PairDataset(Dataset):
         config: TrainingConfig,
         pairs: Pairs,
         latent_shape: tuple[int, int, int],
-        num_timesteps: int,
+        timesteps: Timesteps,
         images: int,
         cache: Cache | None = None,
     ):
-        self.config, self.pairs, self.latent_shape, self.num_timesteps = config, pairs, latent_shape, num_timesteps
+        self.config, self.pairs, self.latent_shape, self.timesteps = config, pairs, latent_shape, timesteps
         self.images, self.cache = images, cache
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
@@ -64,9 +65,9 @@ class PairDataset(Dataset):
 
     def heldout(self, k: int) -> dict[str, Any]:
         """Held-out sample k, the same at every call. The timesteps of the held-out samples are spread evenly."""
-        first, count = self.config.first_timestep, self.pairs.heldout
+        among, count = self.timesteps.among, self.pairs.heldout
         held = range(len(self.pairs), len(self.pairs) + count)
-        timestep = first + (2 * k + 1) * (self.num_timesteps - first) // (2 * count)
+        timestep = among[(2 * k + 1) * len(among) // (2 * count)]
         return self._sample([HELDOUT, k], held[k], held) | {"timestep": torch.tensor(timestep)}
 
     def _sample(self, stream: list[int], index: int, among: range) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class PairDataset(Dataset):
         flip = config.random_flip and rng.random() < 0.5
         place = rng.random(2)  # always drawn, so that the numbers after it do not depend on center_crop
         drop_prompt = rng.random() < config.proportion_empty_prompts
-        timestep = int(rng.integers(config.first_timestep, self.num_timesteps))
+        timestep = self.timesteps.draw(rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
 
         skipped = 0

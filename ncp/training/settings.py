@@ -19,8 +19,8 @@ class TrainingConfig:
 
     pretrained_model_name_or_path: str = option(
         group="model",
-        doc="model to train, of Stable Diffusion's or SDXL's architecture: folder of a diffusers pipeline, hub id, or "
-        ".safetensors checkpoint as on Civitai",
+        doc="model to train, of the architecture of Stable Diffusion 1.x, 2.x, SDXL or SD3: folder of a diffusers "
+        "pipeline, hub id, or (not SD3) .safetensors checkpoint as on Civitai",
     )
     single_file_config: str | None = option(
         None,
@@ -30,7 +30,7 @@ class TrainingConfig:
     prediction_type: str | None = option(
         None,
         choices=("epsilon", "v_prediction", "sample"),
-        doc="what the U-Net predicts; null: what the model's scheduler config or its file says",
+        doc="what the U-Net predicts; null: what the model's scheduler config or its file says. SD3 has no choice",
     )
     rescale_betas_zero_snr: bool | None = option(
         None,
@@ -42,6 +42,9 @@ class TrainingConfig:
     )
     variant: str | None = option(
         None, doc="variant of the weight files, such as fp16 for files named NAME.fp16.safetensors; null: no variant"
+    )
+    max_sequence_length: int = option(
+        256, low=0, high=512, doc="tokens that SD3's T5 adds to CLIP's; without T5 so many zeros, as in diffusers"
     )
     pretrained_vae_model_name_or_path: str | None = option(
         None,
@@ -104,14 +107,14 @@ class TrainingConfig:
         "perceptual",
         choices=("perceptual", "latent"),
         group="objective",
-        doc="what the loss compares. perceptual: features of the frozen U-Net (NCP). latent: predicted noise "
-        "(Diffusion-DPO, the baseline)",
+        doc="what the loss compares. perceptual: features of the frozen model (NCP). latent: predicted noise, for SD3 "
+        "velocity (Diffusion-DPO, the baseline)",
     )
     encoder_blocks: list[str] = option(
         ["last"],
-        doc="U-Net blocks whose outputs are the features: last (the last down block), mid, or indices of down blocks "
-        "from 0. The loss of several is the mean of their losses. sample: the noisy sample itself, without the U-Net, "
-        "to see what the U-Net adds",
+        doc="blocks whose outputs are the features. U-Net: last (the last down block), mid, or indices of down blocks. "
+        "SD3: n/4, n/2, 3n/4 of its n blocks, last (n/2), or indices. sample: the noisy sample itself, to see what the "
+        "blocks add. Of several losses the mean is taken",
     )
     timestep_offset: str = option(
         "1",
@@ -193,7 +196,7 @@ class TrainingConfig:
     checkpointed_blocks: list[str] = option(
         ["all"],
         doc="blocks that gradient_checkpointing recomputes: all, or some of encoder (the frozen one), mid, down0, "
-        "down1, ..., up0, up1, ...",
+        "down1, ..., up0, up1, ...; of SD3 block0, block1, ...",
     )
     torch_compile: bool = option(
         False,
@@ -343,8 +346,3 @@ class TrainingConfig:
     def k(self) -> int | None:
         """The timestep offset k; None for x0."""
         return None if self.timestep_offset == "x0" else int(self.timestep_offset)
-
-    @property
-    def first_timestep(self) -> int:
-        """The smallest t for which t' = t - k is in the schedule (the method draws t uniformly from {k, ..., T-1})."""
-        return self.k or 1

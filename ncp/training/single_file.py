@@ -84,6 +84,8 @@ def architecture(path: Path) -> str:
     """
     header = read_header(path)
     if (first := header.get(f"{UNET}input_blocks.0.0.weight")) is None:
+        if any(name.startswith(f"{UNET}joint_blocks.") for name in header):
+            raise UserError(f"{path} is Stable Diffusion 3 in one file; expected a diffusers pipeline folder of it")
         if any(".lora_" in name or name.startswith("lora_") for name in header):
             raise UserError(f"{path} is a LoRA; name the checkpoint that it belongs to")
         raise UserError(f"{path} holds no U-Net of Stable Diffusion ({UNET}...); expected a whole SD 1.x, 2.x or SDXL")

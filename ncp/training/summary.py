@@ -57,7 +57,7 @@ def print_summary(
 def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> str:
     """How many distinct prompts there are, and how many are longer than the text encoder reads."""
     prompts = pc.unique(pairs.columns(["caption"])["caption"].combine_chunks()).to_pylist()
-    limit = models.description.text_shape[0]
+    limit = models.description.text_encoders[0]["max_position_embeddings"]
     # A token covers at least one byte: short prompts need no counting.
     long = [p for p in prompts if len(p.encode()) >= limit // 2]
     name = config.pretrained_model_name_or_path
@@ -75,7 +75,7 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
 def describe_loss(config: TrainingConfig, secant: str) -> str:
     """The objective in words, beta in both conventions. secant: the config's, as `Models.secant` resolves it."""
     if config.space == "latent":
-        text = "squared error of the noise (latent baseline)"
+        text = "squared error of the noise, for SD3 of the velocity (latent baseline)"
     else:
         difference = "eq. 13 as printed" if secant == "1" else f"secant {secant}"
         difference += f" (derivative over {config.secant_length:g})" if secant == "auto" else ""

@@ -10,11 +10,11 @@ from ncp.training import single_file
 from ncp.training.settings import TrainingConfig
 
 
-def check_weights(config: TrainingConfig, texts: list[str]) -> None:
+def check_weights(config: TrainingConfig, denoiser: str, texts: list[str]) -> None:
     """Raises UserError if a part that this run loads has no .safetensors files of the variant.
 
-    texts: names of the text encoders. They may lack the variant: diffusers then takes the files without it. For a hub
-    model the hub's list of files is used; without an answer nothing is checked.
+    denoiser, texts: names of these parts. The text encoders may lack the variant: diffusers then takes the files
+    without it. For a hub model the hub's list of files is used; without an answer nothing is checked.
     """
     name = config.pretrained_model_name_or_path
     encodes, own_vae = config.cached_latents is None, config.pretrained_vae_model_name_or_path is None
@@ -24,7 +24,7 @@ def check_weights(config: TrainingConfig, texts: list[str]) -> None:
         return
     folder = Path(name)
     listed = None if folder.is_dir() else hub.files_of(name, config.revision)
-    for part in ["unet", *(["vae"] if own_vae else []), *texts] if encodes else ["unet"]:
+    for part in [denoiser, *(["vae"] if own_vae else []), *texts] if encodes else [denoiser]:
         if folder.is_dir():
             check_files(f"{folder / part}", [f.name for f in (folder / part).iterdir()], config.variant, part in texts)
         elif listed is not None:
