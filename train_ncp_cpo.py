@@ -23,12 +23,12 @@ from ncp.encoder import Displacement
 from ncp.losses import Metrics, cpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
 from ncp.training.models import Models
+from ncp.training.pair_settings import PairConfig
 from ncp.training.run import start
-from ncp.training.settings import TrainingConfig
 
 
 @dataclass(kw_only=True)
-class Config(TrainingConfig):
+class Config(PairConfig):
     beta: float = option(
         2500.0,
         above=0,
@@ -41,20 +41,6 @@ class Config(TrainingConfig):
         low=0,
         doc="lambda, the weight of the winner's own loss beside the preference. The paper gives no value; far below "
         "beta it has no effect",
-    )
-    winner_preserving_mu: float | None = option(
-        None,
-        low=0,
-        high=1,
-        group="against collapse",
-        doc="scale down each loser's gradient so far that a step does not raise its winner's loss, to first order "
-        "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
-        "null: never",
-    )
-    soft_labels: bool = option(
-        False,
-        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
-        "towards certainty; a row without a share counts as unanimous",
     )
 
 

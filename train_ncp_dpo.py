@@ -26,12 +26,12 @@ from ncp.encoder import Displacement
 from ncp.losses import Metrics, dpo_loss, latent_distance, mean_square, preserve_winners
 from ncp.training.inputs import conditions, latents
 from ncp.training.models import Models
+from ncp.training.pair_settings import PairConfig
 from ncp.training.run import start
-from ncp.training.settings import TrainingConfig
 
 
 @dataclass(kw_only=True)
-class Config(TrainingConfig):
+class Config(PairConfig):
     beta: float = option(
         2500.0,
         above=0,
@@ -39,28 +39,15 @@ class Config(TrainingConfig):
         doc="strength of the preference: the paper's beta times T. Diffusion-DPO's code writes 5000 for the same as "
         "2500",
     )
-    winner_preserving_mu: float | None = option(
-        None,
-        low=0,
-        high=1,
-        group="against collapse",
-        doc="scale down each loser's gradient so far that a step does not raise its winner's loss, to first order "
-        "(Diffusion-SDPO). A larger mu scales it down further; at 1 it is 0 wherever it works against the winner. "
-        "null: never",
-    )
     utility: str = option(
         "logistic",
+        group="against collapse",
         choices=("logistic", "linear"),
         doc="how a pair's weight in the gradient depends on its margin. logistic: as sigmoid(-margin). linear: as the "
         "line 0.5 - 0.4 margin, from eta to 1 - eta (Linear-DPO)",
     )
     eta: float = option(
         0.001, low=0, high=0.5, doc="smallest weight of a pair with the linear utility; 1 - eta is the largest"
-    )
-    soft_labels: bool = option(
-        False,
-        doc="train towards the share of the annotators who prefer the winner, the dataset's column share_0, instead of "
-        "towards certainty; a row without a share counts as unanimous",
     )
     reference_decay: float | None = option(
         None,

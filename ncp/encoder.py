@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ def frozen_twin(model: Any) -> Any:
     return copy.deepcopy(model, memo={id(p): p for p in model.parameters()}).eval()
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """f(x_t', c, t') of the paper: the first part of a frozen model, a U-Net's down blocks or a transformer's blocks.
 
     Call: encoder(sample (N, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), and the model's other conditions)
@@ -59,26 +60,41 @@ class Encoder(nn.Module):
         if not taps or len(set(taps)) < len(taps):
             raise ValueError(f"encoder blocks {taps}: expected at least one, each once")
         twin = frozen_twin(model)
-        cls.cut(twin, taps)
+        cls.cut(twin, max((tap for tap in taps if isinstance(tap, int)), default=-1) + 1, taps)
         if dtype not in (None, twin.dtype):
             twin = copy.deepcopy(twin).to(dtype)
         return cls(twin, taps)
 
-    @staticmethod
-    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
-        """A block's index, or another key of `outputs`. config: the model's. Raises ValueError for an unknown name."""
-        raise NotImplementedError
+    @classmethod
+    def tap(cls, block: int | str, config: Mapping[str, Any]) -> int | str:
+        """The key of a block's output: its index (text such as "0" is accepted), or what its name stands for.
+
+        config: the model's. Raises ValueError for a block that the model does not have.
+        """
+        count, names = cls.named(config)
+        names = {**names, "sample": "sample"}
+        if block in names:
+            return names[str(block)]
+        if str(block).isdigit() and int(block) < count:
+            return int(block)
+        expected = ", ".join(map(repr, names))
+        raise ValueError(f"encoder block {block!r}: expected {expected} or an index from 0 to {count - 1}")
 
     @staticmethod
-    def cut(twin: Any, taps: Sequence[int | str]) -> None:
-        """Removes what comes after the last tap from a model, in place."""
-        raise NotImplementedError
+    @abstractmethod
+    def named(config: Mapping[str, Any]) -> tuple[int, dict[str, int | str]]:
+        """The number of blocks of a model with this config, and what the names of blocks stand for."""
 
+    @staticmethod
+    @abstractmethod
+    def cut(twin: Any, depth: int, taps: Sequence[int | str]) -> None:
+        """Removes what f does not need from a model, in place: all but its first `depth` blocks, and the rest."""
+
+    @abstractmethod
     def outputs(
         self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, conditions: dict[str, Any]
     ) -> dict[int | str, torch.Tensor]:
         """The output of each block, in the weights' dtype. All inputs have the same number of rows."""
-        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,25 +126,19 @@ class Encoder(nn.Module):
 class DownBlockEncoder(Encoder):
     """The downsampling half of a U-Net: `conv_in`, the embeddings, the down blocks, and for "mid" the mid block.
 
-    Features are (N, C', H', W'). Other conditions: added_cond_kwargs, for SDXL.
+    Blocks: "last" (the last down block), "mid", or the index of a down block. Features are (N, C', H', W'). Other
+    conditions: added_cond_kwargs, for SDXL.
     """
 
     @staticmethod
-    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
-        """A down block's index (0 is the first; text such as "0" is accepted), "mid", or "last" for the last one."""
+    def named(config: Mapping[str, Any]) -> tuple[int, dict[str, int | str]]:
         count = len(config["down_block_types"])
-        if block in ("mid", "sample"):
-            return block
-        if block == "last":
-            return count - 1
-        if str(block).isdigit() and int(block) < count:
-            return int(block)
-        raise ValueError(f"encoder block {block!r}: expected 'last', 'mid', 'sample' or an index from 0 to {count - 1}")
+        return count, {"last": count - 1, "mid": "mid"}
 
     @staticmethod
-    def cut(twin: Any, taps: Sequence[int | str]) -> None:
+    def cut(twin: Any, depth: int, taps: Sequence[int | str]) -> None:
         if "mid" not in taps:
-            del twin.down_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
+            del twin.down_blocks[depth:]
             twin.mid_block = None
         twin.up_blocks = twin.conv_norm_out = twin.conv_out = None
 
@@ -161,26 +171,19 @@ class DownBlockEncoder(Encoder):
 class TransformerEncoder(Encoder):
     """The first blocks of SD3's transformer: the embeddings and `transformer_blocks` up to the last tap.
 
-    Features are the image tokens (N, tokens, width). Other conditions: pooled_projections (B, P).
+    Blocks: indices from 0 to n - 1; "n/4", "n/2", "3n/4" are the last block of that share; "last" is "n/2". Features
+    are the image tokens (N, tokens, width). Other conditions: pooled_projections (B, P).
     """
 
     @staticmethod
-    def tap(block: int | str, config: Mapping[str, Any]) -> int | str:
-        """A block's index of n, from 0. "n/4", "n/2", "3n/4": the last block of that share; "last" is "n/2"."""
+    def named(config: Mapping[str, Any]) -> tuple[int, dict[str, int | str]]:
         count = config["num_layers"]
-        ends = {"n/4": count // 4, "n/2": count // 2, "3n/4": 3 * count // 4, "last": count // 2}
-        if block == "sample":
-            return block
-        if block in ends:
-            return max(0, ends[str(block)] - 1)
-        if str(block).isdigit() and int(block) < count:
-            return int(block)
-        names = "'last', 'n/4', 'n/2', '3n/4', 'sample'"
-        raise ValueError(f"encoder block {block!r}: expected {names} or an index from 0 to {count - 1}")
+        ends = {"last": count // 2, "n/4": count // 4, "n/2": count // 2, "3n/4": 3 * count // 4}
+        return count, {name: max(0, end - 1) for name, end in ends.items()}
 
     @staticmethod
-    def cut(twin: Any, taps: Sequence[int | str]) -> None:
-        del twin.transformer_blocks[max((int(tap) for tap in taps if tap != "sample"), default=-1) + 1 :]
+    def cut(twin: Any, depth: int, taps: Sequence[int | str]) -> None:
+        del twin.transformer_blocks[depth:]
         twin.norm_out = twin.proj_out = None
 
     def outputs(

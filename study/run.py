@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import yaml
 from tqdm import tqdm
 
@@ -202,7 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="for datasets, runs and pictures")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at the same time; on a GPU 1")
+    few = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=few, help="processes at a time; default: on a GPU 1, else up to 4")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     args = parser.parse_args()
     plan = read_plan(args.plan, args.output_dir)

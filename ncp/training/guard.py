@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ncp.common.errors import DIVERGED, INTERRUPTED, Stopped
 from ncp.losses import SATURATED, Metrics
 from ncp.training.checkpoints import last_good, writing
+from ncp.training.meter import stacked
 from ncp.training.models import Models
 from ncp.training.pairs import Pairs
 from ncp.training.samples import PairDataset, collate, to_device
@@ -109,9 +110,7 @@ class Guard:
         device, limit = self.accelerator.device, self.config.max_train_hours
         # Never before the first step: each start of a run takes at least one.
         late = limit is not None and self._stepped and time.monotonic() - STARTED >= limit * 3600
-        # A number is filled in on the device, because the host waits for a copy. The host waits once, at the end.
-        numbers = (f.float() if torch.is_tensor(f) else float(f) for f in (*flags, late, self._signal))
-        own = torch.stack([n.to(device) if torch.is_tensor(n) else torch.full((), n, device=device) for n in numbers])
+        own = stacked([*flags, late, self._signal], device)  # the host waits once, for `found`
         *found, late, number = self.accelerator.gather(own).view(-1, len(own)).amax(0).tolist()
         if (number or late) and self.stopped is None:
             why = f"by {signal.Signals(int(number)).name}" if number else f"after max_train_hours ({limit:g})"

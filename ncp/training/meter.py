@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ class Meter:
         return {"seconds": self.seconds, "meter": {**meter, "samples": self.samples, "before": self.before}}
 
     def _sums(self, names: list[str], device: torch.device) -> torch.Tensor:
-        """(N,) float32 on the device. A number is filled in there, because the host waits for a copy."""
-        sums = (self.sums[n] for n in names)
-        return torch.stack([s.to(device) if torch.is_tensor(s) else torch.full((), s, device=device) for s in sums])
+        return stacked([self.sums[n] for n in names], device)
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last flush over all processes, with samples per second and peak memory in GiB."""
@@ -83,3 +82,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def stacked(values: Sequence[torch.Tensor | float], device: torch.device) -> torch.Tensor:
+    """(N,) float32 on the device. A number is filled in there, because the host waits for a copy."""
+    on_device = (
+        v.to(device, torch.float32) if torch.is_tensor(v) else torch.full((), float(v), device=device) for v in values
+    )
+    return torch.stack(list(on_device))
