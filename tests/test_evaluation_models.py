@@ -155,6 +155,7 @@ def test_models_on_the_hub_are_told_apart(assets, tmp_path, monkeypatch):
         return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, revision: ["README.md"])
     snapshot = tmp_path / "hub" / "me"
     for name, source in {"sd": "sd", "lora": "lora", "tuned": "tuned-unet"}.items():
         shutil.copytree(assets / source, snapshot / name / "snapshots" / "commit-None")
