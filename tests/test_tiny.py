@@ -110,3 +110,30 @@ def test_the_embedded_default_stays_small():
     size = sum(f.stat().st_size for folder in (MODEL, DATA) for f in Path(folder).rglob("*") if f.is_file())
     assert size < 20e6
     assert json.loads((MODEL / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_the_tiny_sd3_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    """To the bit; the pipeline is one that diffusers loads."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from tiny import build_sd3
+
+    def trained(folder):
+        folder.mkdir(exist_ok=True)
+        build_sd3.train(folder, steps=4, images=24, batch_size=4, save_steps=2)
+        return (folder / "model-sd3/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+    whole = trained(tmp_path / "whole")
+
+    class Interrupted(build_sd3.Log):
+        def __call__(self, **values):
+            super().__call__(**values)
+            if self.step == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build_sd3, "Log", Interrupted)
+        trained(tmp_path / "half")
+    assert trained(tmp_path / "half") == whole
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "half/model-sd3", text_encoder_3=None, tokenizer_3=None)
+    assert pipe.transformer.config.num_layers == 8 and pipe.vae.config.shift_factor

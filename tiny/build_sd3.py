@@ -89,8 +89,13 @@ def captions(scenes: list[world.Scene], rng: np.random.Generator) -> list[str]:
     return prompts
 
 
-def train(work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3) -> None:
-    """Trains transformer and text encoders on the velocity, and writes work/model-sd3 every 500 steps."""
+def train(
+    work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr: float = 1e-3, save_steps: int = 500
+) -> None:
+    """Trains transformer and text encoders on the velocity, and writes work/model-sd3 every `save_steps`.
+
+    With it goes work/model-sd3.state, from which the same call continues after an interruption.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from diffusers.training_utils import EMAModel
 
@@ -115,8 +120,17 @@ def train(work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(SEED)
     among = flow.timesteps(scheduler, 1)
-    log = Log("sd3", steps)
-    for _ in range(steps):
+    log, begun = Log("sd3", steps), work / "model-sd3.state"
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    if begun.is_file():
+        state = torch.load(begun)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        rng.bit_generator.state = state["rng"]
+        log.bar.update(state["step"])
+        log.step = state["step"]
+    while log.step < steps:
         i = torch.randint(images, (batch_size,), generator=generator)
         x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
@@ -131,12 +145,16 @@ def train(work: Path, steps: int, images: int = 30_000, batch_size: int = 64, lr
         schedule.step()
         ema.step(model.parameters())
         log(loss=loss)
-        if log.step % 500 == 0 or log.step == steps:
+        if log.step % save_steps == 0 or log.step == steps:
             ema.store(model.parameters())
             ema.copy_to(model.parameters())
             save(model.eval(), vae, tokenizer, scheduler, work / "model-sd3")
             model.float().train()
             ema.restore(model.parameters())
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            state |= {"generator": generator.get_state(), "rng": rng.bit_generator.state, "step": log.step}
+            torch.save(state, begun.with_suffix(".new"))
+            begun.with_suffix(".new").replace(begun)
 
 
 def save(model: Any, vae: Any, tokenizer: Any, scheduler: Any, folder: Path) -> None:

@@ -131,6 +131,7 @@ def _transformer(name: str, pairs: int) -> Setting:
     return Setting(name, model, x0, twice, lora_std=0.05, family=sd3)
 
 
+@torch.no_grad()
 def _embedded_sd3(name: str, pairs: int) -> Setting:
     """The trained tiny SD3, on the images of "embedded"."""
     from diffusers import StableDiffusion3Pipeline
