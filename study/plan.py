@@ -4,6 +4,7 @@
     data: {rule: absolute_winners}              # keys of filter_pickapic.py, for all arms
     prompts: heldout                            # heldout scenes, or search: training scenes with other noise
     max_prompts: 88
+    evaluation: {}                              # keys of evaluate.py over configs/eval_tiny.yaml
     seeds: [101, 102, 103, 104, 105]
     steps: [35, 70, 110]                        # what is drawn of each run: these checkpoints, the last one the result
     common: {lr_warmup_steps: 5}                # keys of the training scripts, for all arms
@@ -28,7 +29,7 @@ from ncp.common.config import read_yaml
 from ncp.common.errors import UserError
 
 SCRIPTS = ("dpo", "cpo", "sft")
-KEYS = {"about", "data", "prompts", "max_prompts", "seeds", "steps", "common", "arms"}
+KEYS = {"about", "data", "prompts", "max_prompts", "evaluation", "seeds", "steps", "common", "arms"}
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Plan:
     about: str
     prompts: str
     max_prompts: int
+    evaluation: dict[str, Any]
     seeds: list[int]
     arms: list[Arm]
     output_dir: Path
@@ -94,5 +96,5 @@ def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
         data = keys.pop("data", content.get("data", {"rule": "absolute_winners"}))
         steps = sorted(keys.pop("steps", content["steps"]))
         arms.append(Arm(name, config, steps, data, keys))
-    count, seeds = content.get("max_prompts", 88), content["seeds"]
-    return Plan(path.stem, content["about"], prompts, count, seeds, arms, output_dir)
+    count, evaluation = content.get("max_prompts", 88), content.get("evaluation", {})
+    return Plan(path.stem, content["about"], prompts, count, evaluation, content["seeds"], arms, output_dir)

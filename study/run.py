@@ -143,10 +143,12 @@ def evaluate(plan: Plan, jobs: int) -> Path:
     folder = plan.folder / "evaluation"
     models = [f"{n}={plan.run_folder(a, s) / f'checkpoint-{k}'}" for n, (a, s, k) in model_names(plan).items()]
     keys = {
+        **plan.evaluation,
         "models": [BASE, *models],
         "prompts": str(search_prompts(plan)) if plan.prompts == "search" else "tiny",
         "max_prompts": plan.max_prompts,
         "seed": 1 if plan.prompts == "search" else 0,
+        "batch_size": min(64, -(-plan.max_prompts // jobs)),  # as many for each process
         "output_dir": str(folder),
     }
     arguments = ["--config", "configs/eval_tiny.yaml", *as_arguments(keys)]
