@@ -2,7 +2,7 @@
 
 People's judgements of two images for one caption contradict each other: an image that won one comparison
 lost another. Training on both gives opposite gradients. This script reads the judgements, keeps the pairs
-that a rule of the paper (docs/filtering.md) selects, and writes them as parquet in the same schema:
+that a rule of the paper (below) selects, and writes them as parquet in the same schema:
 
     python filter_pickapic.py --config configs/filter_pickapic.yaml --dataset_name FOLDER --output_dir FOLDER
 

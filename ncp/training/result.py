@@ -94,6 +94,8 @@ def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs
         "precision": config.mixed_precision,
         "seed": config.seed,
     }
+    ours = method.startswith("NCP-")
+    meaning = "noise-conditioned perceptual preference optimization, arXiv 2406.17636" if ours else "latent baseline"
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""---
 base_model: {base}
@@ -103,7 +105,7 @@ tags: [lora, text-to-image, diffusion-dpo, preference-optimization]
 
 # {method} LoRA for {base}
 
-Made with {method} (noise-conditioned perceptual preference optimization, arXiv 2406.17636), version {ncp.__version__}.
+Made with {method} ({meaning}), version {ncp.__version__}.
 {shown}
 | | |
 |---|---|
