@@ -29,7 +29,7 @@ from ncp.common.files import explain_write_errors, write_file
 from ncp.common.lock import is_empty
 from ncp.training.checkpoints import fault, read_manifest
 from ncp.training.fuse import STATED, check_base, fused_pipeline, layers, save_pipeline
-from ncp.training.kohya import file_name, kohya_metadata, kohya_state, save_kohya
+from ncp.training.kohya import family_of, file_name, kohya_metadata, kohya_state, save_kohya
 from ncp.training.weights import WEIGHTS, read_lora
 
 # Config keys that identify the base model and how training used it.
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_write_errors(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         save_kohya(output, kohya_state(state, alpha, dtype), metadata)
-    print(f"wrote {output} ({what}): for models/loras of ComfyUI, models/Lora of Forge and AUTOMATIC1111")
+    places = ", ".join(f"{place} of {name}" for name, place in family_of(next(iter(layers(state)))).READ_BY.items())
+    print(f"wrote {output} ({what}): for {places}")
 
 
 def find_lora(name: str) -> Path:

@@ -62,7 +62,8 @@ def generate(config: EvaluationConfig) -> None:
     prompts, repeated = read_prompts(config)
     base = find_base(config)
     models = find_models(config, base)
-    sampler(base, config)  # for its errors, before anything is written
+    for model in [base, *models]:
+        sampler(model, config)  # for its errors, before anything is written
     folder = Path(config.output_dir)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision is fp16, which needs a GPU; without one use bf16 or no")

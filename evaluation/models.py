@@ -22,11 +22,6 @@ FILE_OF_KIND = {"pipeline": "model_index.json", "lora": LORA, "unet": "unet/conf
 HUB_FILE = r"(\w[\w.-]*/[\w.-]+)/([\w./+ -]+)"
 WEIGHTS = (".safetensors", ".bin")
 SCHEDULER = "scheduler/scheduler_config.json"
-# Keys of a scheduler's config that belong to the trained weights; the others are sampler settings.
-SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr", "shift"),
-)
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not used for drawing here
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 UNET_CLASS = "UNet2DConditionModel"
@@ -171,6 +166,7 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
         # Passed to the constructor, which would otherwise warn about the pipeline's own scheduler.
         index = read_json(name, FILE_OF_KIND["pipeline"], where["revision"], given)
         kind = PIPELINES[index["_class_name"]]
+        FAMILIES[kind].check_length(name, parts_of(index), config.max_sequence_length)
         parts = {"scheduler": sampler(model, config), **FAMILIES[kind].left_out(kind, parts_of(index))}
         if in_one and not replacement:
             vae_config = single_file.read_json(Path(name), given, "vae/config.json")
@@ -196,7 +192,7 @@ def open_pipeline(model: Model, config: EvaluationConfig, device: Any) -> Any:
         if model.kind == "lora":
             pipe.load_lora_weights(model.file or model.path)
             if not pipe.get_active_adapters():  # diffusers does not report it, and would draw the base
-                raise ValueError("none of its weights belong to this U-Net")
+                raise ValueError("none of its weights belong to this model; of SD3 only diffusers' form is read")
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # a missing file, other shapes, damaged weights
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model '{model.name}': loading {model.path} over {base} failed: {reason}") from None
@@ -215,7 +211,7 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
     import diffusers
 
     from ncp.training.pipeline import read_json, read_schedule
-    from ncp.training.schedules import check_prediction, scheduler_like
+    from ncp.training.schedules import SCHEDULE, check_prediction, scheduler_like
 
     base = config.pretrained_model_name_or_path
     settings, _ = read_schedule(config)
@@ -236,17 +232,21 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
         }[config.scheduler]
     if model.kind == "pipeline" and model.path != base:
         own = read_json(model.path, SCHEDULER, None, config.single_file_config)
+        if ("FlowMatch" in own.get("_class_name", "")) != flow:
+            kinds = ("a flow-matching model", "one with DDPM's noise")
+            raise UserError(f"model '{model.name}': {model.path} is {kinds[flow]}, and the base is {kinds[not flow]}")
         settings = sampler_settings(settings) | {k: v for k, v in own.items() if k in SCHEDULE}
     if flow:
-        return (cls if config.scheduler == "pipeline" else diffusers.FlowMatchEulerDiscreteScheduler).from_config(
-            settings
-        )
+        cls = cls if config.scheduler == "pipeline" else diffusers.FlowMatchEulerDiscreteScheduler
+        return cls.from_config(settings)
     check_prediction(model.path, settings)
     return scheduler_like(cls, settings, **changes)
 
 
 def sampler_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
     """A scheduler config without the keys that belong to the weights."""
+    from ncp.training.schedules import SCHEDULE
+
     return {k: v for k, v in scheduler.items() if k not in (*SCHEDULE, "_diffusers_version")}
 
 

@@ -22,7 +22,7 @@ STEP_LENGTH = 0.016
 
 
 def frozen_twin(model: Any) -> Any:
-    """A second module over the same storage: the reference model, which later adapters do not change.
+    """A second module over the same parameters and buffers: the reference model, which later adapters do not change.
 
     LoRA keeps every original parameter object as a `base_layer`. So a twin made before `add_adapter` stays
     the original model and costs no memory. Freezes the shared parameters. Raises ValueError if the model has adapters.
@@ -30,7 +30,7 @@ def frozen_twin(model: Any) -> Any:
     if getattr(model, "peft_config", None):
         raise ValueError("the model has adapters already; make its frozen twin before add_adapter")
     model.requires_grad_(False)
-    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()}).eval()
+    return copy.deepcopy(model, memo={id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
 
 
 class Encoder(nn.Module, ABC):

@@ -128,7 +128,7 @@ def test_the_sampler_of_a_protocol_is_the_bases_for_every_model(assets, tmp_path
         (lambda file: save_lora(file.parent, seed=0, xl=True), "size mismatch"),
         (
             lambda file: save_file({"transformer.to_q.lora_A.weight": torch.zeros(2, 2)}, file),
-            "none of its weights belong to this U-Net",
+            "none of its weights belong to this model",
         ),
     ],
 )

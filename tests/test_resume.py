@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
 import resource
@@ -122,6 +123,14 @@ def test_other_objectives_weights_and_data_are_other_runs_wherever_they_lie(asse
     with pytest.raises(UserError, match=r"it has training pairs \w+ \(this run: "):
         run_here("dpo", arguments(assets, tmp_path / "o", *resume, "--dataset_name", str(other)))
     shutil.copytree(assets / "sd", tmp_path / "sd")
+    schedule = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    written = schedule.read_text()
+    schedule.write_text(json.dumps(json.loads(written) | {"beta_end": 0.02}))
+    with pytest.raises(UserError, match=r"noise schedule .*beta_end 0.012, .*beta_end 0.02"):
+        run_here(
+            "dpo", arguments(assets, tmp_path / "o", *resume, "--pretrained_model_name_or_path", str(tmp_path / "sd"))
+        )
+    schedule.write_text(written)
     file = next((tmp_path / "sd" / "unet").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     model = ["--pretrained_model_name_or_path", str(tmp_path / "sd")]

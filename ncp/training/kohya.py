@@ -14,8 +14,9 @@ library/sai_model_spec.py). AUTOMATIC1111 shows some as a table, and tells SD 1,
 `ss_base_model_version` and `ss_v2` (AUTOMATIC1111/stable-diffusion-webui, extensions-builtin/Lora/network.py). There
 is no date, so that every export of one LoRA is the same.
 
-For SD3 the names begin with lora_transformer (lora_transformer_transformer_blocks_0_attn_to_q), which ComfyUI and Forge
-look for (`model_lora_keys_unet`). There they also find a LoRA of SD3 in diffusers' format, but not its alpha.
+For SD3 the names begin with lora_transformer (lora_transformer_transformer_blocks_0_attn_to_q), which ComfyUI looks for
+(`model_lora_keys_unet`). It also finds a LoRA of SD3 in diffusers' format, but not its alpha. Forge has no names for
+SD3, and AUTOMATIC1111 only diffusers'.
 
 Blocks have diffusers' names, for SDXL too. ComfyUI, Forge and AUTOMATIC1111 read these. kohya's own tools for SDXL,
 such as its sdxl_merge_lora.py, know only the names of the original checkpoint.
@@ -27,6 +28,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.compute as pc
@@ -68,7 +70,7 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
         layer, _, part = name.removesuffix(".weight").rpartition(".")
         if part not in PARTS:
             raise UserError(f"{name}: not a LoRA weight that kohya's form can hold")
-        key = f"{prefix_of(layer)}_" + layer.replace(".", "_")
+        key = f"{family_of(layer).LORA_PREFIX}_" + layer.replace(".", "_")
         out[f"{key}.{PARTS[part]}.weight"] = tensor.to(dtype).contiguous()
         out[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
         if not out[f"{key}.{PARTS[part]}.weight"].isfinite().all():
@@ -76,9 +78,9 @@ def kohya_state(state: Mapping[str, torch.Tensor], alpha: float, dtype: torch.dt
     return out
 
 
-def prefix_of(layer: str) -> str:
-    """How the names of a model's layers begin in kohya's form."""
-    return sd3.LORA_PREFIX if layer.startswith(SD3_BLOCKS) else unets.LORA_PREFIX
+def family_of(layer: str) -> ModuleType:
+    """The family of models that has a layer of this name: its names in kohya's form, and which programs read them."""
+    return sd3 if layer.startswith(SD3_BLOCKS) else unets
 
 
 def training_facts(method: str, models: Models, dataset: PairDataset) -> dict[str, Any]:

@@ -77,10 +77,10 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
     family = description.family
     with torch.device("meta"):
         unet = family.MODEL.from_config(description.denoiser).to(dtype).requires_grad_(False)
-        weights = size_of(unet.parameters())
+        weights = size_of([*unet.parameters(), *unet.buffers()])
         of_f = precision_of_f(dtype, torch.device("cuda" if cuda else "cpu"))
         encoder = family.ENCODER.from_model(unet, config.encoder_blocks, of_f)
-        weights += size_of(encoder.parameters()) if of_f != dtype else 0
+        weights += size_of([*encoder.parameters(), *encoder.buffers()]) if of_f != dtype else 0
         unet.add_adapter(LoraConfig(r=config.rank, init_lora_weights=False, target_modules=family.LORA_TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
@@ -92,8 +92,10 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
             encoder.enable_gradient_checkpointing()
 
     x, c = inputs(config, description, rows, dtype)
-    frozen = [p.untyped_storage() for p in [*unet.parameters(), *encoder.parameters()]]  # kept alive: ids stay valid
-    kept = {id(storage) for storage in frozen}
+    frozen = [
+        t.untyped_storage() for m in (unet, encoder) for t in (*m.parameters(), *m.buffers())
+    ]  # kept: ids stay valid
+    kept = {id(storage) for storage in frozen}  # valid while `frozen` keeps them alive
     with fused_attention(), Saved(kept) as saved:
         with norms_in_float32(cuda and config.mixed_precision != "no"):
             eps = unet(x, **c).sample
@@ -113,9 +115,12 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
         working = max(working, largest_block(unet, encoder, config, x, c, kept))
     state = 4 + 4 + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
     state += 4 if getattr(config, "reference_decay", None) is not None else 0
-    return Estimate(
-        weights, 0 if config.cached_latents else encoders(config, description), count * state, activations, working
-    )
+    loaded = 0
+    if not config.cached_latents:
+        loaded = encoders(config, description)
+    elif config.validation_prompts:  # they are loaded for the pictures, when no activations are kept
+        working = max(working, encoders(config, description) - activations)
+    return Estimate(weights, loaded, count * state, activations, working)
 
 
 def inputs(
@@ -172,6 +177,9 @@ def encoders(config: TrainingConfig, description: Description) -> int:
             t5 = text.get("model_type") == "t5"
             model = T5EncoderModel(T5Config(**text)) if t5 else CLIPTextModel(CLIPTextConfig(**text))
             total += size_of(model.to(dtype).parameters())
+            if dtype == torch.float16:  # transformers keeps these of T5 in float32
+                kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+                total += 2 * sum(p.numel() for n, p in model.named_parameters() if kept & set(n.split(".")))
         with Peak() as peak:
             vae.encode(torch.empty(images, 3, *2 * [config.resolution], dtype=vae_dtype))
     return total + peak.bytes

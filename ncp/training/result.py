@@ -47,7 +47,7 @@ def write_result(
         save_lora(models, folder)
         save_in_kohya_form(config, models, kohya, facts)
         write_text(folder / "README.md", model_card(config, method, models, pairs, effective))
-    accelerator.print(f"wrote {folder / WEIGHTS}, and {kohya.name} for ComfyUI, Forge and AUTOMATIC1111")
+    accelerator.print(f"wrote {folder / WEIGHTS}, and {kohya.name} for {', '.join(models.description.family.READ_BY)}")
     if config.push_to_hub:
         patterns = [
             WEIGHTS,
@@ -73,11 +73,15 @@ def model_card(config: TrainingConfig, method: str, models: Models, pairs: Pairs
     """The model card of a finished run, in the hub's format. effective: pairs per optimizer step."""
     steps = config.max_train_steps
     base = config.pretrained_model_name_or_path
-    kind = models.description.pipeline.__name__
+    kind, family = models.description.pipeline.__name__, models.description.family
+    absent = family.left_out(models.description.pipeline, models.description.texts)
+    without = "".join(f"{part}=None, " for part in absent if part.startswith(("text_encoder", "tokenizer")))
+    asked = "".join(f", {key}={value}" for key, value in family.draw_arguments(config.max_sequence_length).items())
+    programs = ", ".join(f"{name} (`{folder}`)" for name, folder in family.READ_BY.items())
     load = "from_single_file" if is_single_file(base) else "from_pretrained"
     own_schedule = ""
     if is_single_file(base) or (config.prediction_type, config.rescale_betas_zero_snr) != (None, None):
-        scheduler = models.description.family.sampler(models.description.scheduler).config
+        scheduler = family.sampler(models.description.scheduler).config
         keys = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
         stated = ", ".join(f"{key}={scheduler[key]!r}" for key in keys)
         own_schedule = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {stated})\n"
@@ -117,11 +121,10 @@ Every setting is in `config.yaml`, the software and hardware in `environment.yam
 import torch
 from diffusers import {"DDIMScheduler, " * bool(own_schedule)}{kind}
 
-pipe = {kind}.{load}("{base}", torch_dtype=torch.float16).to("cuda")
+pipe = {kind}.{load}("{base}", {without}torch_dtype=torch.float16).to("cuda")
 {own_schedule}pipe.load_lora_weights("{config.hub_model_id or config.output_dir}")
-image = pipe("a prompt").images[0]
+image = pipe("a prompt"{asked}).images[0]
 ```
 
-ComfyUI, Forge and AUTOMATIC1111 read the same LoRA from `{file_name(Path(config.output_dir))}` (kohya's key names).
-It goes into `models/loras` (ComfyUI) or `models/Lora` (the other two).
+`{file_name(Path(config.output_dir))}` is the same LoRA with kohya's key names, for {programs}.
 """

@@ -19,6 +19,7 @@ from ncp.training import cache
 from ncp.training.checkpoints import fault, newest, read_manifest, writing
 from ncp.training.pairs import Pairs
 from ncp.training.pipeline import Description, identity
+from ncp.training.schedules import SCHEDULE
 from ncp.training.settings import TrainingConfig
 from ncp.training.single_file import is_single_file
 
@@ -122,6 +123,9 @@ def fingerprint(config: TrainingConfig, description: Description, pairs: Pairs, 
     unet = {part: identity(name, config.revision, part, config.single_file_config)}
     if is_single_file(name):  # its name may state the prediction type
         unet |= {"prediction": description.prediction.partition(",")[0]}
+    if Path(name).is_dir():  # on the hub the commit stands for it
+        schedule = {key: description.scheduler.get(key) for key in SCHEDULE}
+        unet |= {"noise schedule": ", ".join(f"{key} {value}" for key, value in schedule.items() if value is not None)}
     # A falling learning rate depends on the number of steps, which may change otherwise.
     steps = {} if config.lr_scheduler == "constant_with_warmup" else {"steps of lr_scheduler": config.max_train_steps}
     return {**unet, **own, **steps, "training pairs": digest.hexdigest()[:16], "effective batch": effective}
@@ -136,6 +140,7 @@ def differences(config: TrainingConfig, inputs: dict[str, Any], checkpoint: Path
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in newer}
     made = {**defaults, **read_yaml(checkpoint / "config.yaml"), **read_manifest(checkpoint).get("inputs", {})}
     wanted = {**asdict(config), **inputs}
+    made.setdefault("noise schedule", wanted.get("noise schedule"))  # manifests of earlier versions have none
     keys = [k for k in {**made, **wanted} if k not in MAY_CHANGE and made.get(k) != wanted.get(k)]
     # A digest alone does not say what differs.
     note = {"training pairs": "; other data, or a version that chose otherwise which pairs train and are held out"}

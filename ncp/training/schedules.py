@@ -8,6 +8,12 @@ from typing import Any
 from ncp.common.errors import UserError
 from ncp.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 
+# Keys of a scheduler's config that belong to the trained weights, SD3's too; the others are sampler settings.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr", "shift"),
+)
+
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:
     """Raises UserError for a noise schedule or prediction type that the method cannot use."""

@@ -28,6 +28,7 @@ LORA_TARGETS = [
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 ]
 LORA_PREFIX = "lora_transformer"
+READ_BY = {"ComfyUI": "models/loras"}
 REPEATED = ("JointTransformerBlock",)
 
 
@@ -60,12 +61,19 @@ def check(name: str, config: Any, description: Any) -> None:
     model, texts = description.denoiser, description.text_encoders
     clip, pooled = (sum(t[key] for t in texts[:2]) for key in ("hidden_size", "projection_dim"))
     joint = model["joint_attention_dim"]
+    check_length(name, description.texts, config.max_sequence_length)
     if pooled != model["pooled_projection_dim"] or clip > joint or any(t["d_model"] != joint for t in texts[2:]):
         raise UserError(f"{name}: the transformer takes embeddings of other sizes than the text encoders give")
     side, most = description.latent_shape(config.resolution)[1] // model["patch_size"], model["pos_embed_max_size"]
     if side > most:
         most *= resolution_multiple(description)
         raise UserError(f"resolution is {config.resolution}; the transformer's position embeddings reach {most} pixels")
+
+
+def check_length(name: str, has: Collection[str], max_sequence_length: int) -> None:
+    """Raises UserError for a T5 that is to give no tokens; diffusers would not cut its text then. has: the parts."""
+    if "text_encoder_3" in has and not max_sequence_length:
+        raise UserError(f"max_sequence_length is 0; {name} has T5: at least 1, or save a pipeline without it")
 
 
 def check_schedule(name: str, scheduler: dict[str, Any]) -> None:

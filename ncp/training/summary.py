@@ -66,9 +66,11 @@ def describe_prompts(config: TrainingConfig, models: Models, pairs: Pairs) -> st
     else:
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", revision=config.revision)
     cut = sum(len(ids) > limit for ids in tokenizer(long, verbose=False).input_ids) if long else 0
+    t5 = len(models.description.text_encoders) > 2
+    other = f" (T5 reads {config.max_sequence_length})" if t5 else ""
     diffusers.utils.logging.set_verbosity_error()  # hides the warning about cut prompts at every step
     return f"{len(prompts):,} distinct" + (
-        f"; {cut:,} of them longer than {limit} tokens, the rest is cut off" if cut else ""
+        f"; {cut:,} of them longer than {limit} tokens, the rest is cut off{other}" if cut else ""
     )
 
 

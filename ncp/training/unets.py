@@ -30,6 +30,11 @@ ENCODER = DownBlockEncoder
 DIFFUSION = ddpm
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_PREFIX = "lora_unet"  # in kohya's form
+READ_BY = {
+    "ComfyUI": "models/loras",
+    "Forge": "models/Lora",
+    "AUTOMATIC1111": "models/Lora",
+}  # that form, and from where
 REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")  # blocks that torch_compile compiles
 # Weights in diffusers' form under peft's names, and back.
 to_diffusers, to_peft = convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -74,6 +79,10 @@ def schedule(scheduler: dict[str, Any]) -> DDPMScheduler:
 def sampler(scheduler: dict[str, Any]) -> DDIMScheduler:
     """The sampler of the validation images."""
     return scheduler_like(DDIMScheduler, scheduler)
+
+
+def check_length(name: str, has: Collection[str], max_sequence_length: int) -> None:
+    """Nothing to check: only SD3's T5 has a length that may be chosen."""
 
 
 def left_out(pipeline: type, has: Collection[str]) -> dict[str, Any]:
