@@ -92,9 +92,7 @@ def estimate(config: TrainingConfig, description: Description, images_per_sample
             encoder.enable_gradient_checkpointing()
 
     x, c = inputs(config, description, rows, dtype)
-    frozen = [
-        t.untyped_storage() for m in (unet, encoder) for t in (*m.parameters(), *m.buffers())
-    ]  # kept: ids stay valid
+    frozen = [t.untyped_storage() for m in (unet, encoder) for t in (*m.parameters(), *m.buffers())]
     kept = {id(storage) for storage in frozen}  # valid while `frozen` keeps them alive
     with fused_attention(), Saved(kept) as saved:
         with norms_in_float32(cuda and config.mixed_precision != "no"):
