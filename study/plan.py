@@ -13,8 +13,8 @@
       dpo: {config: study/configs/dpo.yaml, learning_rate: 1.0e-3, space: latent, beta: 2500}
       unfiltered: {config: study/configs/dpo.yaml, learning_rate: 1.0e-3, data: {rule: no_ties}}
 
-An arm is a training config with changed keys. The config's name selects the training script. `steps`
-and `data` may differ by arm.
+An arm is a training config with changed keys. The config's name selects the training script, unless the arm names a
+`program`. `steps` and `data` may differ by arm.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Arm:
     steps: list[int]
     data: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
+    program: str | None = None
 
     @property
     def digest(self) -> str:
@@ -50,7 +51,7 @@ class Arm:
 
     @property
     def script(self) -> str:
-        return f"train_ncp_{self.config.stem.rpartition('_')[2]}.py"
+        return self.program or f"train_ncp_{self.config.stem.rpartition('_')[2]}.py"
 
 
 @dataclass
@@ -94,7 +95,7 @@ def read_plan(path: Path, output_dir: Path = Path("output/study")) -> Plan:
         if not config.is_file() or config.stem.rpartition("_")[2] not in SCRIPTS:
             raise UserError(f"{path}: arm '{name}' needs config: one of study/configs/{{{','.join(SCRIPTS)}}}.yaml")
         data = keys.pop("data", content.get("data", {"rule": "absolute_winners"}))
-        steps = sorted(keys.pop("steps", content["steps"]))
-        arms.append(Arm(name, config, steps, data, keys))
+        steps, program = sorted(keys.pop("steps", content["steps"])), keys.pop("program", None)
+        arms.append(Arm(name, config, steps, data, keys, program))
     count, evaluation = content.get("max_prompts", 88), content.get("evaluation", {})
     return Plan(path.stem, content["about"], prompts, count, evaluation, content["seeds"], arms, output_dir)
