@@ -65,7 +65,7 @@ ARMS = {
     "options-sdxl": options(4),
     "options-sd15": options(16),
 }
-TOY_ARMS = f"recomputed-2:{ON},{N}=2 straightforward:{ON},{N}=2"
+TOY_ARMS = f"recomputed-2:{ON},{N}=2 latent-2:space=latent,{ON},{N}=2 straightforward:{ON},{N}=2"
 TOY_PLAN = {
     "about": "dry run",
     "max_prompts": 2,

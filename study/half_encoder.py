@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder: it has a statistics.py
+sys.path[:1] = [str(Path(__file__).parents[1])]  # not this folder: it has a statistics.py
 
 import ncp.training.memory
 import ncp.training.models

@@ -91,7 +91,7 @@ def test_a_plan_is_carried_out_by_the_real_programs_and_goes_on(tmp_path):
     assert all(r["heldout_winner_drift"] for r in rows if r["arm"] == "ncp")
 
     logs = {f: f.stat().st_mtime_ns for f in (out / "toy" / "logs").iterdir()}
-    again = python(*arguments, timeout=900)
+    again = python(*arguments, "--jobs", "1", timeout=900)
     assert again.returncode == 0 and table.read_text() == content
     assert {f: f.stat().st_mtime_ns for f in (out / "toy" / "logs").iterdir()} == logs
 

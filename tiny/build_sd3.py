@@ -123,7 +123,7 @@ def train(
     log, begun = Log("sd3", steps), work / "model-sd3.state"
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     if begun.is_file():
-        state = torch.load(begun)
+        state = torch.load(begun, weights_only=True)
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
