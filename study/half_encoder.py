@@ -9,14 +9,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:1] = [str(Path(__file__).parents[1])]  # not this folder: it has a statistics.py
 
-import ncp.training.memory
-import ncp.training.models
-import train_ncp_dpo
-from ncp.common.errors import run_program
+def main() -> None:
+    sys.path[:1] = [str(Path(__file__).parents[1])]  # in place of this folder, which has a statistics.py
+    import ncp.training.memory
+    import ncp.training.models
+    import train_ncp_dpo
+    from ncp.common.errors import run_program
+
+    for module in (ncp.training.models, ncp.training.memory):
+        vars(module).update(precision_of_f=lambda weights, device: weights)
+    run_program(train_ncp_dpo.main)
+
 
 if __name__ == "__main__":
-    for module in (ncp.training.models, ncp.training.memory):
-        module.precision_of_f = lambda weights, device: weights
-    run_program(train_ncp_dpo.main)
+    main()
