@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 
 from tiny import oracle, world
 from tiny.preferences import DATA, MODEL, judge, schema
@@ -114,30 +113,33 @@ def test_the_embedded_default_stays_small():
 
 
 def test_the_tiny_sd3_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    """To rounding; the pipeline is one that diffusers loads."""
+    """With the losses that it would have had: each step draws images, noise and timesteps of its own."""
     from diffusers import StableDiffusion3Pipeline
 
     from tiny import build_sd3
 
-    def trained(folder):
-        folder.mkdir(exist_ok=True)
-        build_sd3.train(folder, steps=4, images=24, batch_size=4, save_steps=2)
-        return load_file(folder / "model-sd3/transformer/diffusion_pytorch_model.safetensors")
+    losses, stop = {}, None
 
-    whole = trained(tmp_path / "whole")
-
-    class Interrupted(build_sd3.Log):
-        def __call__(self, **values):
-            super().__call__(**values)
-            if self.step == 3:
+    class Log(build_sd3.Log):
+        def __call__(self, loss):
+            super().__call__(loss=loss)
+            losses.setdefault(self.step, []).append(loss.item())
+            if self.step == stop:
                 raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_sd3, "Log", Interrupted)
-        trained(tmp_path / "half")
-    half = trained(tmp_path / "half")
-    assert half.keys() == whole.keys()
-    # A step changes a weight by up to 1e-3.
-    assert sum((half[k] - whole[k]).abs().sum().item() for k in whole) / sum(w.numel() for w in whole.values()) < 1e-5
+    monkeypatch.setattr(build_sd3, "Log", Log)
+    settings = {"steps": 4, "images": 24, "batch_size": 4, "save_steps": 2}
+    (tmp_path / "whole").mkdir()
+    build_sd3.train(tmp_path / "whole", **settings)
+    (tmp_path / "half").mkdir()
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        build_sd3.train(tmp_path / "half", **settings)
+    stop = None
+    build_sd3.train(tmp_path / "half", **settings)
+    assert [len(losses[step]) for step in (1, 2, 3, 4)] == [2, 2, 3, 2]
+    for found in losses.values():  # to rounding, which depends on where tensors lie in memory
+        assert found == pytest.approx(found[:1] * len(found), rel=1e-2)
+    assert abs(losses[3][0] / losses[4][0] - 1) > 5e-2
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "half/model-sd3", text_encoder_3=None, tokenizer_3=None)
     assert pipe.transformer.config.num_layers == 8 and pipe.vae.config.shift_factor
