@@ -93,7 +93,7 @@ def parts(dry: bool, extra: list[str], scratch: Path, results: Path) -> list[Par
     """In the order of their importance. scratch: for files that nobody wants; results: for the study's table."""
 
     def steps(name: str, model: str, limit: float) -> Part:
-        arms, toy = ARMS[name], ["--steps", "1"] if dry else ["--steps", "4"]
+        arms, toy = ARMS[name], ["--steps", "3"] if dry else ["--steps", "4"]
         if dry:
             model, arms = "tiny", TOY_ARMS
         options = ["--model", model, "--one_by_one", "--json", "{json}", "--arms", arms, *toy, *precision, *extra]

@@ -85,7 +85,7 @@ def a_step_is_timed_by_phase_beside_the_straightforward_one(figures):
     for arm in figures["arms"].values():
         assert arm["pairs_per_s"] == pytest.approx(2 / arm["step_s"]) and arm["peak_memory_gib"] > 0.1
     assert latent["phases_s"]["encoder"] == 0 < ours["phases_s"]["encoder"]
-    assert all(arm["phases_s"]["conditions"] > 0 for arm in (ours, straightforward))
+    assert straightforward["phases_s"]["conditions"] > latent["phases_s"]["conditions"]  # VAE, text encoder; cached
     assert straightforward["tensors_gib"] > ours["tensors_gib"]
 
 

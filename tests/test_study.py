@@ -1,6 +1,7 @@
 """The study: plans, statistics over seeds and prompts, and a whole plan at toy size."""
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -23,10 +24,11 @@ PLAN = """about: a toy
 seeds: [5]
 steps: [1, 2]
 max_prompts: 2
+evaluation: {num_inference_steps: 2}
 data: {rule: no_ties}
 common: {train_batch_size: 2, gradient_accumulation_steps: 1, effective_batch_size: 2, lr_warmup_steps: 1}
 arms:
-  ncp: {config: configs/tiny_ncp_dpo.yaml, learning_rate: 1.0e-3, heldout_steps: 1}
+  ncp: {config: configs/tiny_ncp_dpo.yaml, heldout_steps: 1, mixed_precision: bf16, program: study/half_encoder.py}
   sft: {config: configs/tiny_ncp_sft.yaml, steps: [2], heldout_pairs: 0}
 """
 
@@ -89,6 +91,11 @@ def test_a_plan_is_carried_out_by_the_real_programs_and_goes_on(tmp_path):
     assert named == {("base", "", "0"), ("ncp", "5", "1"), ("ncp", "5", "2"), ("sft", "5", "2")}
     assert len(rows) == 3 * len(named) and all(float(r["seconds"]) > 0 for r in rows if r["arm"] != "base")
     assert all(r["heldout_winner_drift"] for r in rows if r["arm"] == "ncp")
+
+    drawn = json.loads((out / "toy" / "evaluation" / "protocol.json").read_text())["protocol"]
+    assert drawn["num_inference_steps"] == 2
+    # With f in bf16 too, which the script itself does not do.
+    assert "secant auto (derivative over" in (out / "toy" / "logs" / "ncp-5.log").read_text()
 
     logs = {f: f.stat().st_mtime_ns for f in (out / "toy" / "logs").iterdir()}
     again = python(*arguments, "--jobs", "1", timeout=900)
